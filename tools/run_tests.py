@@ -22,7 +22,8 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", "--nbval-
 
 def phases() -> dict[str, list[str]]:
     """Returns the command of each phase by its name, in the order in which they run."""
-    notebooks = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    found = (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    notebooks = sorted(str(path.relative_to(ROOT)) for path in found)
     commands = {
         "lint": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
         "unit": [*PYTEST, *PARALLEL, "--ignore=tests/browser", "tests"],

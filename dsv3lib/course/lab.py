@@ -1,0 +1,160 @@
+"""``dsv3 lab``: JupyterLab on the course's first notebook, in the learner's language if it is asked for.
+
+The server listens on the loopback address alone and keeps Jupyter's token.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import dsv3lib
+from dsv3lib.errors import CourseError
+
+FIRST = "00_start_here.ipynb"
+NOTEBOOKS = "notebooks"
+INSTALLED = Path(sys.prefix) / "share" / "dsv3lib" / NOTEBOOKS  # where a wheel puts the notebooks
+OWN_COPY = "dsv3-course"  # where a learner without a checkout gets a copy to write in
+LANGUAGE_SETTING = Path("@jupyterlab") / "translation-extension" / "plugin.jupyterlab-settings"
+LANGUAGES = ("en", "de-DE", "es-ES", "fr-FR", "zh-CN")
+HIGHEST_PORT = 65535
+
+
+def find_course(start: Path, package: Path | None = None, installed: Path = INSTALLED) -> Path:
+    """Returns the folder that JupyterLab should open: the one that holds ``notebooks/``.
+
+    It is the checkout around ``start``, else the checkout that dsv3lib is imported from, else a copy of the
+    installed notebooks, made once under ``start``.
+
+    Args:
+        start: the folder the learner is in.
+        package: dsv3lib's own folder.
+        installed: where a wheel has put the notebooks.
+
+    Raises:
+        CourseError: if there are no notebooks in any of these places.
+    """
+    start = start.resolve()
+    package = package or Path(dsv3lib.__file__).resolve().parent
+    for folder in (start, *start.parents, package.parent):
+        if (folder / NOTEBOOKS / FIRST).is_file():
+            return folder
+    if not (installed / FIRST).is_file():
+        raise CourseError(
+            f"the course's notebooks were not found: looked for {NOTEBOOKS}/{FIRST} in {start} and above, in "
+            f"{package.parent}, and for {installed / FIRST}. Run dsv3 lab inside a clone of the project."
+        )
+    own = start / OWN_COPY
+    if not (own / NOTEBOOKS / FIRST).is_file():
+        shutil.copytree(installed, own / NOTEBOOKS, dirs_exist_ok=True)
+    return own
+
+
+def set_language(language: str, settings: Path) -> Path:
+    """Sets the language of JupyterLab itself in the learner's settings; their other settings stay.
+
+    Args:
+        language: ``de-DE`` and the like, or ``en``.
+        settings: JupyterLab's folder of user settings.
+
+    Returns:
+        The settings file that was written.
+
+    Raises:
+        CourseError: if the language or its pack is missing, or the present settings file cannot be read.
+    """
+    if language not in LANGUAGES:
+        raise CourseError(f"language {language!r} is unknown; there are: {', '.join(LANGUAGES)}")
+    pack = f"jupyterlab-language-pack-{language}"
+    if language != "en" and not _installed(pack):
+        raise CourseError(f"language {language!r} needs the package {pack}: run make setup")
+    path = settings / LANGUAGE_SETTING
+    present = _read_settings(path) if path.is_file() else {}
+    present["locale"] = language.replace("-", "_")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(present, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def lab_command(course: Path, browser: bool = True, port: int | None = None) -> list[str]:
+    """Returns the command that starts JupyterLab on the first notebook of a course folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--ip=127.0.0.1",
+        f"--ServerApp.root_dir={course}",
+        f"--LabApp.default_url=/lab/tree/{NOTEBOOKS}/{FIRST}",
+    ]
+    command += [] if browser else ["--no-browser"]
+    return command if port is None else [*command, f"--port={port}", "--ServerApp.port_retries=0"]
+
+
+def lab_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment for JupyterLab: an empty ``JUPYTER_TOKEN`` would switch the token off."""
+    return {name: value for name, value in environment.items() if name != "JUPYTER_TOKEN" or value}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``dsv3 lab``."""
+    parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    parser.add_argument("--port", type=_port, help="listen here (default: the first free one from 8888)")
+    parser.add_argument(
+        "--language", metavar="CODE", help=f"JupyterLab's own language, from now on: {', '.join(LANGUAGES)}"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Starts JupyterLab and waits until it ends; returns its exit status."""
+    if find_spec("jupyterlab") is None:
+        raise CourseError("JupyterLab is not installed here: run make setup, or pip install -e '.[lab]'")
+    course = find_course(Path.cwd())
+    if arguments.language:
+        from jupyterlab.commands import get_user_settings_dir
+
+        set_language(arguments.language, Path(get_user_settings_dir()))
+    command = lab_command(course, browser=not arguments.no_browser, port=arguments.port)
+    process = subprocess.Popen(command, env=lab_environment(os.environ))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent Ctrl-C to JupyterLab too; it asks its own question, so wait for it.
+            continue
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    """The learner's present settings; JupyterLab allows comments in them, so json5 reads them."""
+    import json5
+
+    try:
+        present = json5.loads(path.read_text(encoding="utf-8") or "{}")
+    except ValueError as error:
+        raise CourseError(f"{path} is not valid JSON5 ({error}); mend or remove it") from error
+    if not isinstance(present, dict):
+        raise CourseError(f"{path} holds {type(present).__name__}, expected an object; mend or remove it")
+    return present
+
+
+def _installed(package: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _port(text: str) -> int:
+    """A port number from the command line."""
+    if not text.isdecimal() or not 1 <= int(text) <= HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: expected a number from 1 to {HIGHEST_PORT}")
+    return int(text)
