@@ -81,7 +81,7 @@ def _run(name: str, command: Command, rest: Sequence[str], debug: bool) -> int:
     except KeyboardInterrupt:
         return _tell("Stopped by Ctrl-C.", debug, EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has gone (`dsv3 doctor | head -1`): nothing is wrong, nothing is left to do.
+        # The reader of our output has gone (`dsv3 doctor | head -1`): nothing is wrong, nothing left to do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
