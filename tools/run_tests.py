@@ -38,7 +38,8 @@ def phases() -> dict[str, list[str]]:
 def run(command: Sequence[str]) -> tuple[int, str]:
     """Runs a command with its output shown as it comes; returns its exit status and its last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
+    last = ""
+    with subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
@@ -47,13 +48,12 @@ def run(command: Sequence[str]) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    )
-    last = ""
-    for line in process.stdout:
-        sys.stdout.write(line)
-        sys.stdout.flush()
-        last = line.strip(" =\n") or last
-    return process.wait(), last
+    ) as process:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            last = line.strip(" =\n") or last
+    return process.returncode, last
 
 
 def main(arguments: Sequence[str]) -> int:
