@@ -1,0 +1,279 @@
+"""One palette and one grammar for every figure of the course.
+
+A colour always means the same thing, in every notebook::
+
+    content              the part of a query, key or value that carries no position
+    rope                 the part that carries the position (64 dims in V3)
+    latent               what is cached: the joint compression of keys and values
+    bias                 the routing bias and everything that balances
+    forward              a forward pass
+    backward-input       the part of a backward pass that makes the gradient of the input
+    backward-weight      the part that makes the gradient of the weights
+    communication        data on its way between devices
+    neutral              anything else: a rival, a reference, a grid
+
+The colours are told apart by readers who see no red or no green, and they are spaced in lightness so that
+a grey print keeps them apart. Where two bars touch, the hatch of the meaning helps; where two lines
+cross, its dash and marker do.
+
+How a figure is made and shown::
+
+    from dsv3lib.viz import style
+
+    fig, ax = style.figure(title="Cache per token", xlabel="context (tokens)", ylabel="cache (MiB)")
+    ax.plot(x, y, **style.line("latent"), label="MLA")
+    ax.bar(names, sizes, **style.bar("rope"))
+    style.show(fig, alt="The cache grows as a straight line; MLA's line is 71 times flatter than MHA's.")
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dsv3lib.errors import CourseError
+
+PALETTE = MappingProxyType(
+    {
+        "latent": "#27297d",
+        "backward-weight": "#871f22",
+        "content": "#0362a0",
+        "backward-input": "#cc3b1b",
+        "bias": "#cb589b",
+        "forward": "#15a987",
+        "rope": "#f1971b",
+        "communication": "#bac5ce",
+        "neutral": "#6b6b6b",
+    }
+)
+"""Meaning → colour, from dark to light (neutral apart)."""
+
+HATCHES = MappingProxyType(
+    {
+        "latent": "",
+        "backward-weight": "xx",
+        "content": "//",
+        "backward-input": "\\\\",
+        "bias": "..",
+        "forward": "--",
+        "rope": "||",
+        "communication": "oo",
+        "neutral": "++",
+    }
+)
+"""Meaning → hatch, for areas that touch."""
+
+STROKES = MappingProxyType(
+    {
+        "latent": ("-", "o"),
+        "backward-weight": ((0, (5, 1, 1, 1, 1, 1)), "X"),
+        "content": ((0, (6, 2)), "s"),
+        "backward-input": ((0, (3, 1, 1, 1)), "v"),
+        "bias": ((0, (1, 1)), "D"),
+        "forward": ((0, (8, 2, 2, 2)), "^"),
+        "rope": ((0, (4, 1)), "P"),
+        "communication": ((0, (2, 2)), "h"),
+        "neutral": ((0, (1, 2)), "."),
+    }
+)
+"""Meaning → (dash, marker), for lines."""
+
+PAPER = "#fdfcf8"
+"""Background of every figure: opaque, so that a dark theme does not show through."""
+
+INK = "#1d1d1f"
+"""Text, axes and edges: 16:1 on PAPER."""
+
+SEQUENTIAL = "cividis"
+"""Colour map for amounts: monotone in lightness, and made for colour-blind readers."""
+
+DIVERGING = "RdBu_r"
+"""Colour map for signed values around zero; use with a symmetric range."""
+
+_WIDTH_INCHES = 7.2
+_HEIGHT_INCHES = 4.0
+_DPI = 110
+
+
+def meanings() -> tuple[str, ...]:
+    """Return the names of the palette, dark to light."""
+    return tuple(PALETTE)
+
+
+def colour(meaning: str) -> str:
+    """Return the colour of a meaning as ``#rrggbb``.
+
+    Raises:
+        CourseError: the palette has no such meaning.
+    """
+    if meaning not in PALETTE:
+        raise CourseError(f"the palette has no meaning {meaning!r}; it has {', '.join(PALETTE)}")
+    return PALETTE[meaning]
+
+
+def line(meaning: str) -> dict[str, Any]:
+    """Return the keyword arguments that ``Axes.plot`` needs to draw a line of this meaning."""
+    ink, (dash, marker) = colour(meaning), STROKES[meaning]
+    return {"color": ink, "linestyle": dash, "marker": marker}
+
+
+def bar(meaning: str) -> dict[str, Any]:
+    """Return the keyword arguments that ``Axes.bar`` (or a patch) needs to fill an area of this meaning."""
+    fill, hatch = colour(meaning), HATCHES[meaning]
+    return {"facecolor": fill, "hatch": hatch, "edgecolor": INK, "linewidth": 0.6}
+
+
+def ink_on(meaning: str) -> str:
+    """Return the colour of text that is legible on an area of this meaning."""
+    red, green, blue = (int(colour(meaning)[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45 else INK
+
+
+def rc() -> dict[str, Any]:
+    """Return the matplotlib settings of the course: sizes, fonts that every installation has, colours."""
+    return {
+        "figure.figsize": (_WIDTH_INCHES, _HEIGHT_INCHES),
+        "figure.dpi": _DPI,
+        "savefig.dpi": _DPI,
+        "figure.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.monospace": ["DejaVu Sans Mono"],
+        "mathtext.fontset": "dejavusans",
+        "font.size": 11,
+        "axes.titlesize": 13,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "axes.labelsize": 11,
+        "legend.fontsize": 10,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#d9d6cd",
+        "grid.linewidth": 0.7,
+        "lines.linewidth": 2.0,
+        "lines.markersize": 6,
+        "hatch.linewidth": 0.6,
+        "image.cmap": SEQUENTIAL,
+        "axes.prop_cycle": matplotlib.cycler(color=list(PALETTE.values())),
+    }
+
+
+def use() -> None:
+    """Make the course's settings matplotlib's own, for figures that are drawn without :func:`figure`."""
+    matplotlib.rcParams.update(rc())
+
+
+def figure(
+    title: str,
+    xlabel: str | None,
+    ylabel: str | None,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] | None = None,
+    **subplot_options: Any,
+) -> tuple[Figure, Any]:
+    """Return a figure that keeps the grammar: a title, and a label with its unit on each axis.
+
+    The figure belongs to nobody but the caller: pyplot does not know it, so nothing is shown twice and
+    nothing leaks when a slider draws a thousand of them.
+
+    Args:
+        title: what the reader should see, as a short sentence.
+        xlabel, ylabel: quantity and unit, as in ``"context (tokens)"``; None only where the axis has no
+            quantity (names of things), and where each panel gets its own label.
+        rows, columns: panels; with more than one, the axes come as a numpy array and the title is above all.
+        size: width and height in inches.
+        subplot_options: handed to ``Figure.subplots`` (``sharex``, ``width_ratios``, …).
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        CourseError: the title is empty.
+    """
+    if not title.strip():
+        raise CourseError("a figure needs a title: say in a short sentence what the reader should see")
+    with matplotlib.rc_context(rc()):
+        fig = Figure(figsize=size or (_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+        FigureCanvasAgg(fig)
+        axes = fig.subplots(rows, columns, **subplot_options)
+        panels = [axes] if isinstance(axes, Axes) else list(axes.flat)
+        for ax in panels:
+            ax.set(xlabel=xlabel or "", ylabel=ylabel or "")
+        if len(panels) == 1:
+            panels[0].set_title(title)
+        else:
+            fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return fig, axes
+
+
+def png(fig: Figure) -> bytes:
+    """Return the figure as PNG bytes, drawn with the course's settings."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(rc()):
+        fig.savefig(buffer, format="png", facecolor=PAPER, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def image_tag(fig: Figure, alt: str) -> str:
+    """Return the figure as an HTML ``<img>`` with its alt text, for a widget that redraws it."""
+    data = base64.b64encode(png(fig)).decode("ascii")
+    return (
+        f'<img alt="{html.escape(_stated(alt), quote=True)}" src="data:image/png;base64,{data}" '
+        'style="max-width:100%;height:auto">'
+    )
+
+
+def bundle(fig: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figure as Jupyter's (data, metadata): the picture, and the alt text in both."""
+    width = round(fig.get_figwidth() * _DPI)
+    data = {"image/png": base64.b64encode(png(fig)).decode("ascii"), "text/plain": f"Figure: {_stated(alt)}"}
+    return data, {"image/png": {"alt": alt, "width": width}}
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display the figure with its alt text, for a page without a kernel, a screen reader and a terminal.
+
+    The sentence is put under the picture too, because not every front end hands an image's alt text on.
+
+    Args:
+        fig: from :func:`figure`.
+        alt: what the picture shows, in one or two sentences that a reader who cannot see it can use. Name
+            shapes and order, not measured values: the sentence is compared when the notebook is tested.
+
+    Raises:
+        CourseError: the alt text is empty.
+    """
+    from IPython.display import display
+
+    data, metadata = bundle(fig, alt)
+    display(data, metadata=metadata, raw=True)
+    caption = f'<p class="dsv3-alt" style="margin:0 0 .6em 0;max-width:46em">{html.escape(alt)}</p>'
+    display({"text/html": caption, "text/plain": alt}, raw=True)
+
+
+def _stated(alt: str) -> str:
+    if not alt.strip():
+        raise CourseError("a figure needs an alt text: say what it shows to a reader who cannot see it")
+    return alt
