@@ -95,6 +95,8 @@ def lab_command(course: Path, browser: bool = True, port: int | None = None) -> 
         f"--LabApp.default_url=/lab/tree/{NOTEBOOKS}/{FIRST}",
     ]
     command += [] if browser else ["--no-browser"]
+    # In a container the learner is root, which JupyterLab refuses by default; token and loopback stay.
+    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     return command if port is None else [*command, f"--port={port}", "--ServerApp.port_retries=0"]
 
 
