@@ -115,7 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Starts JupyterLab and waits until it ends; returns its exit status."""
+    """Becomes JupyterLab, so that Ctrl-C and every signal reach it and nothing stays behind.
+
+    Returns:
+        JupyterLab's exit status, on Windows alone, where a process cannot become another one.
+    """
     if find_spec("jupyterlab") is None:
         raise CourseError("JupyterLab is not installed here: run make setup, or pip install -e '.[lab]'")
     course = find_course(Path.cwd())
@@ -124,13 +128,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         set_language(arguments.language, Path(get_user_settings_dir()))
     command = lab_command(course, browser=not arguments.no_browser, port=arguments.port)
-    process = subprocess.Popen(command, env=lab_environment(os.environ))
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The terminal has sent Ctrl-C to JupyterLab too; it asks its own question, so wait for it.
-            continue
+    environment = lab_environment(os.environ)
+    if os.name == "nt":
+        return subprocess.run(command, env=environment, check=False).returncode
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
 
 
 def _read_settings(path: Path) -> dict[str, object]:
