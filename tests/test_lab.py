@@ -122,14 +122,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def status_of(address: str) -> int:
-    """The HTTP status of an address."""
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
+def status_of(address: str, deadline: float) -> int:
+    """The HTTP status of an address; JupyterLab says its address a moment before it listens there."""
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, f"nothing listens at {address}"
+            time.sleep(0.1)
 
 
 def test_the_server_opens_the_first_notebook_and_wants_its_token(tmp_path):
@@ -158,8 +162,8 @@ def test_the_server_opens_the_first_notebook_and_wants_its_token(tmp_path):
             token = re.search(rf"127\.0\.0\.1:{port}/lab/tree/notebooks/{lab.FIRST}\?token=(\w+)", line)
         assert token, "JupyterLab did not say its address"
         contents = f"http://127.0.0.1:{port}/api/contents/notebooks/{lab.FIRST}"
-        assert status_of(contents) == 403
-        assert status_of(f"{contents}?token={token.group(1)}") == 200
+        assert status_of(contents, deadline) == 403
+        assert status_of(f"{contents}?token={token.group(1)}", deadline) == 200
     finally:
         process.terminate()
         try:
