@@ -1,0 +1,150 @@
+"""The latent cache: what MLA keeps of the past, one latent and one shared rotary key a token and layer.
+
+For V3 that is 512 + 64 values, 70,272 bytes a token over 61 layers in BF16, where full keys and values of
+128 heads would take 71 times as much (paper §2.1.1: only the boxed vectors of Eqs. 1 and 3 are cached).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import CacheError, ContextLengthError
+
+
+class LatentCache:
+    """One buffer [B, capacity, C + R] per layer, doubled when full, so that a token is copied O(1) times.
+
+    Rows may hold different numbers of tokens: row b holds positions 0 to ``lengths[b]`` - 1, and what lies
+    beyond is never read. The first call decides batch size, dtype and device.
+
+    Args:
+        config: the model's configuration.
+        mtp: also room for the MTP modules' blocks (used by speculative decoding).
+        capacity: tokens to reserve at the start; grows by itself.
+
+    Attributes:
+        config: the ModelConfig. lengths: Int64 [B] on the CPU, tokens held per row.
+    """
+
+    def __init__(self, config: ModelConfig, mtp: bool = False, capacity: int = 64) -> None:
+        self.config = config
+        self.n_layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+        self.lengths: Int[Tensor, " B"] = torch.zeros(0, dtype=torch.int64)
+        self._first_capacity = capacity
+        self._buffers: list[Tensor | None] = [None] * self.n_layers
+        self._length = 0  # the longest row
+        self._ragged = False
+
+    def __len__(self) -> int:
+        """Tokens in the longest row."""
+        return self._length
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows hold different numbers of tokens."""
+        return self._ragged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tokens held take, over all rows and layers (not the reserve)."""
+        tokens = int(self.lengths.sum())
+        return sum(tokens * b.shape[-1] * b.element_size() for b in self._buffers if b is not None)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the buffers, reserve included."""
+        return sum(b.numel() * b.element_size() for b in self._buffers if b is not None)
+
+    def plan(
+        self, batch: int, new: int, lengths: Int[Tensor, " B"] | None = None
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """Check that ``new`` tokens a row fit; returns each row's length before and after this call.
+
+        Raises:
+            CacheError: another batch size than the cache was begun with.
+            ContextLengthError: past ``max_position_embeddings``; nothing has been written.
+        """
+        if self.lengths.numel() == 0:
+            self.lengths = torch.zeros(batch, dtype=torch.int64)
+        if self.lengths.numel() != batch:
+            raise CacheError(
+                f"the cache holds {self.lengths.numel()} sequences, got a batch of {batch}; "
+                "pass the same batch or begin a new LatentCache"
+            )
+        after = self.lengths + (new if lengths is None else lengths)
+        longest = self._length + new if not self._ragged and lengths is None else int(after.max())
+        if longest > self.config.max_position_embeddings:
+            raise ContextLengthError(
+                f"the sequence would reach {longest} tokens, max_position_embeddings is "
+                f"{self.config.max_position_embeddings}; shorten the input or crop the cache"
+            )
+        return self.lengths, after
+
+    def append(
+        self, layer: int, latent: Float[Tensor, "B T latent"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B S latent"]:
+        """Store a layer's new tokens behind those held and return all of them; ``advance`` ends the step.
+
+        Args:
+            layer: index of the block; MTP modules count on from the last layer.
+            latent: normalised latent beside the turned shared key, [c_kv; k_rope].
+            lengths: valid tokens per row of ``latent``; ``None`` means all.
+
+        Returns:
+            A view of the buffer, old tokens and new; past a row's own end it holds leftovers.
+        """
+        batch, new, width = latent.shape
+        start = self._length
+        end = start + new
+        buffer = self._buffers[layer]
+        if buffer is None or buffer.shape[1] < end:
+            buffer = self._grow(layer, latent, end)
+        if not self._ragged:
+            buffer[:, start:end] = latent
+            return buffer[:, :end]
+        rows = torch.arange(batch, device=latent.device)[:, None]
+        columns = self.lengths.to(latent.device)[:, None] + torch.arange(new, device=latent.device)
+        buffer[rows, columns] = latent
+        return buffer[:, :end]
+
+    def advance(self, new: int, lengths: Int[Tensor, " B"] | None = None) -> None:
+        """Count the tokens of this step as held, after every layer has appended them."""
+        if lengths is None:
+            self.lengths = self.lengths + new
+            self._length += new
+        else:
+            self._set_lengths(self.lengths + lengths)
+
+    def crop(self, length: int | Int[Tensor, " B"]) -> None:
+        """Forget all tokens from position ``length`` on; an Int64 [B] gives each row its own.
+
+        Raises:
+            CacheError: a length is negative or more than the row holds.
+        """
+        wanted = torch.as_tensor(length, dtype=torch.int64).cpu().expand(self.lengths.shape)
+        if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
+            raise CacheError(f"cannot crop to {length}: rows hold {self.lengths.tolist()} tokens")
+        self._set_lengths(wanted.clone())
+
+    def _set_lengths(self, lengths: Int[Tensor, " B"]) -> None:
+        self.lengths = lengths
+        self._length = int(lengths.max()) if lengths.numel() else 0
+        self._ragged = bool((lengths != self._length).any())
+
+    def _grow(self, layer: int, like: Tensor, needed: int) -> Tensor:
+        old = self._buffers[layer]
+        if old is not None and (old.dtype != like.dtype or old.device != like.device):
+            raise CacheError(
+                f"the cache holds {old.dtype} on {old.device}, got {like.dtype} on {like.device}"
+            )
+        capacity = max(needed, self._first_capacity, 0 if old is None else 2 * old.shape[1])
+        capacity = max(needed, min(capacity, self.config.max_position_embeddings))
+        # Zeros, not empty: positions past a row's end are masked, but 0 x NaN would still be NaN.
+        buffer = like.new_zeros(like.shape[0], capacity, like.shape[2])
+        if old is not None:
+            buffer[:, : old.shape[1]] = old
+        self._buffers[layer] = buffer
+        return buffer

@@ -1,0 +1,121 @@
+"""The router: sigmoid affinities, a bias that steers the choice, and groups that bound the traffic.
+
+The bias is the whole of auxiliary-loss-free balancing on the forward side: it is added to decide *which*
+experts a token goes to and is absent from *how much* each counts. It gets no gradient; a rule outside the
+graph moves it after each step (``training.balance.update_bias``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+
+
+def route(
+    scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], config: ModelConfig
+) -> tuple[Int[Tensor, "N A"], Float[Tensor, "N A"]]:
+    """Choose each token's experts and their gate values (paper §2.1.2, Eqs. 13 and 16, and "Node-Limited Routing").
+
+    1. s' = s + b, the biased affinity, decides every choice.
+    2. A group's score is the sum of its two best s'; the M best groups stay, the others become −inf
+       (not 0: a biased affinity may be negative, and a 0 would win).
+    3. The K_r best s' are chosen.
+    4. The gate value is g = s / Σ s over the chosen, *without* the bias, times ``routed_scaling_factor``.
+
+    Equal affinities are settled for the lower index, on every device.
+
+    Args:
+        scores: s = sigmoid(u · e), FP32, one row a token. bias: b, FP32. config: sizes and switches.
+
+    Returns:
+        indices, Int64, best first; and weights, FP32, in the same order.
+    """
+    chosen_by = scores + bias
+    if config.n_group > 1:
+        grouped = chosen_by.unflatten(-1, (config.n_group, -1))
+        group_scores = grouped.topk(2, dim=-1, sorted=False).values.sum(-1)
+        kept = best(group_scores, config.topk_group)
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
+        chosen_by = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
+    indices = best(chosen_by, config.num_experts_per_tok)
+    weights = scores.gather(-1, indices)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return indices, weights * config.routed_scaling_factor
+
+
+def best(values: Float[Tensor, "*N E"], k: int) -> Int[Tensor, "*N k"]:
+    """Indices of the ``k`` largest values, largest first, the lower index first among equals.
+
+    ``torch.topk`` leaves the order of equals to the device; a stable sort does not.
+    """
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def sequence_balance_loss(
+    scores: Float[Tensor, "B T E"], experts_per_token: int, alpha: float
+) -> Float[Tensor, ""]:
+    """Complementary sequence-wise auxiliary loss, α Σ f_i P_i (paper §2.1.2, Eqs. 17 to 20).
+
+    f_i is how often expert i is among the K_r best *unbiased* affinities of a sequence, as a multiple of its
+    fair share; P_i is its mean normalised affinity. The gradient flows through P alone.
+
+    Args:
+        scores: s, sigmoid affinities. experts_per_token: K_r. alpha: α.
+
+    Returns:
+        The mean over the sequences of a batch.
+    """
+    n_tokens, n_experts = scores.shape[-2:]
+    chosen = torch.zeros_like(scores).scatter_(-1, best(scores.detach(), experts_per_token), 1.0)
+    f_BE = chosen.sum(-2) * (n_experts / (experts_per_token * n_tokens))
+    p_BE = (scores / scores.sum(-1, keepdim=True)).mean(-2)
+    return alpha * (f_BE * p_BE).sum(-1).mean()
+
+
+class Router(nn.Module):
+    """The gate of one mixture layer: affinities in FP32 whatever the model's dtype, then ``route``.
+
+    Attributes:
+        weight: the experts' centroids e_i, [E, D].
+        e_score_correction_bias: b, an FP32 buffer [E]; saved with the model, never trained by gradient.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        )
+
+    def scores(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
+        """s = sigmoid(u · e_i) (Eq. 15), at least in FP32."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
+        return F.linear(x, self.weight.to(x.dtype)).sigmoid()
+
+    def forward(
+        self, x: Float[Tensor, "N D"]
+    ) -> tuple[Int[Tensor, "N A"], Float[Tensor, "N A"], Float[Tensor, "N E"]]:
+        """Experts of each token, their gate values, and the affinities s (for the balance loss)."""
+        scores = self.scores(x)
+        indices, weights = route(scores, self.e_score_correction_bias, self.config)
+        return indices, weights, scores
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202
+        # ``model.bfloat16()`` must not round the bias: its steps of γ = 0.001 would vanish in BF16.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype not in (torch.float32, torch.float64) and moved.device.type != "meta":
+            self.e_score_correction_bias = bias.to(moved.device)
+        elif moved.dtype not in (torch.float32, torch.float64):
+            self.e_score_correction_bias = moved.float()
+        return self

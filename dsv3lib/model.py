@@ -1,0 +1,365 @@
+"""DeepSeek-V3, whole: embedding, blocks, head, the MTP chain behind them, and the loss of all.
+
+Parameters bear the names of the released checkpoint, except that a layer's routed experts are stacked in two
+tensors (``checkpoint`` splits and joins them at the edge).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import ModelConfig
+from .errors import ContextLengthError, InputError
+from .layers.attention import Step
+from .layers.block import Block
+from .layers.cache import LatentCache
+from .layers.experts import MixtureOfExperts, Routing
+from .layers.mtp import MTPModule
+from .layers.norm import RMSNorm
+from .layers.recompute import Recipes, run
+from .layers.rope import RotaryEmbedding
+from .layers.router import Router, sequence_balance_loss
+
+IGNORED = -100  # a label that is no target
+
+
+@dataclass
+class ModelOutput:
+    """What one forward pass gives.
+
+    Args:
+        logits: [B, T, V], position i scores token i + 1.
+        loss: scalar: main + λ/D Σ MTP + balance; ``None`` without labels.
+        losses: its parts as scalars in nats per token: "main", "mtp_1" … "mtp_D", "balance" (α applied).
+        mtp_logits: one [B, T−k, V] per depth k, position i scores token i + k + 1; empty unless asked for.
+        hidden: [B, T, D], normalised, the head's input and the MTP chain's start.
+        expert_indices: per mixture layer (``config.moe_layers``) the chosen experts, Int64 [B, T', A];
+            ``None`` where an MTP module did not run.
+        expert_load: Int64 [layers, E], visits per expert, zeros where an MTP module did not run.
+    """
+
+    logits: Float[Tensor, "B T vocab"]
+    hidden: Float[Tensor, "B T D"]
+    loss: Float[Tensor, ""] | None = None
+    losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    mtp_logits: list[Float[Tensor, "B Tk vocab"]] = field(default_factory=list)
+    expert_indices: list[Int[Tensor, "B Tk A"] | None] = field(default_factory=list)
+    n_routed_experts: int = 0
+
+    @property
+    def expert_load(self) -> Int[Tensor, "layers E"]:
+        """Visits per mixture layer and expert; each row sums to tokens x A."""
+        loads = [
+            torch.zeros(self.n_routed_experts, dtype=torch.int64, device=self.logits.device)
+            if indices is None
+            else torch.bincount(indices.flatten(), minlength=self.n_routed_experts)
+            for indices in self.expert_indices
+        ]
+        return torch.stack(loads) if loads else torch.zeros(0, self.n_routed_experts, dtype=torch.int64)
+
+
+class Decoder(nn.Module):
+    """Everything under the checkpoint's prefix ``model.``: embedding, blocks with the MTP modules, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        main = [Block(config, i) for i in range(config.num_hidden_layers)]
+        depths = range(config.num_nextn_predict_layers)
+        self.layers = nn.ModuleList(main + [MTPModule(config, config.num_hidden_layers + k) for k in depths])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DeepSeekV3(nn.Module):
+    """The model of the paper's §2, for any configuration, on any device, ``meta`` included.
+
+    Args:
+        config: sizes. generator: source of the initial weights; torch's global one by default.
+        recompute: in training, make RMSNorm outputs and MLA's up-projections again in backward instead of
+            keeping them (§3.2.3); gradients are the same to the bit.
+
+    Attributes:
+        mtp_loss_weight: λ. aux_loss_alpha: α. Both start at the configuration's values and may be changed
+            while training.
+    """
+
+    def __init__(
+        self, config: ModelConfig, generator: torch.Generator | None = None, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.mtp_loss_weight = config.mtp_loss_weight
+        self.aux_loss_alpha = config.aux_loss_alpha
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rope = RotaryEmbedding(config)
+        self.initialize(generator)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Matrices from N(0, ``initializer_range``²), norms at one, biases at zero (§4.2 has 0.006)."""
+        for name, parameter in self.named_parameters():
+            if parameter.device.type == "meta":
+                continue
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    # ---- forward -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"] | None = None,
+        cache: LatentCache | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        return_mtp: bool = False,
+    ) -> ModelOutput:
+        """Score every next token; with labels, the loss too.
+
+        Args:
+            input_ids: token ids. labels: the same ids, with -100 where there is no target; shifted here.
+            cache: holds the tokens before these and takes these in.
+            lengths: valid tokens per row where rows end early (right padding); later positions are garbage.
+            document_ids: which document a token is of, for packed sequences: a target in another document
+                is no target, at no depth. Attention does cross borders, as in training V3 (§4.1).
+            return_mtp: run the MTP chain without labels too.
+
+        Raises:
+            InputError: ids, labels or lengths of the wrong shape, dtype or range.
+            ContextLengthError: the sequence is longer than ``max_position_embeddings``.
+            CacheError: the cache belongs to another batch or model.
+        """
+        self._check(input_ids, labels, cache, lengths, document_ids)
+        step = self._begin(input_ids, cache, lengths)
+        with nullcontext() if step.recipes is None else step.recipes.saving():
+            return self._forward(input_ids, labels, document_ids, return_mtp, step)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        document_ids: Tensor | None,
+        return_mtp: bool,
+        step: Step,
+    ) -> ModelOutput:
+        embeddings = self.model.embed_tokens(input_ids)
+        x, routings = embeddings, []
+        n_main = self.config.num_hidden_layers
+        for block in self.model.layers[:n_main]:
+            x, routing = block(x, step)
+            if routing is not None:
+                routings.append(routing)
+        hidden = run(step.recipes, self.model.norm, x)
+        out = ModelOutput(self.lm_head(hidden), hidden, n_routed_experts=self.config.n_routed_experts)
+        if step.cache is not None:
+            step.cache.advance(input_ids.shape[1], step.lengths)
+        mtp_routings: list[Routing | None] = [None] * self.config.num_nextn_predict_layers
+        if (labels is not None or return_mtp) and step.cache is None:
+            out.mtp_logits, mtp_routings = self._mtp_chain(hidden, embeddings, step)
+        routings += mtp_routings
+        out.expert_indices = [None if r is None else r.indices for r in routings]
+        if labels is not None:
+            self._add_losses(out, labels, document_ids, [r for r in routings if r is not None])
+        return out
+
+    def _begin(self, input_ids: Tensor, cache: LatentCache | None, lengths: Tensor | None) -> Step:
+        """Positions, turns and mask of this call."""
+        batch, n_new = input_ids.shape
+        like = self.model.norm.weight
+        recipes = Recipes() if self.recompute and torch.is_grad_enabled() and cache is None else None
+        if cache is None:
+            return Step(self.rope.table(n_new, like), recipes=recipes)
+        before, _ = cache.plan(batch, n_new, lengths)
+        n_total = len(cache) + n_new
+        if not cache.ragged:
+            return Step(self.rope.table(n_total, like)[-n_new:], cache=cache, lengths=lengths)
+        positions = before.to(input_ids.device)[:, None] + torch.arange(n_new, device=input_ids.device)
+        mask = torch.arange(n_total, device=input_ids.device) <= positions[..., None]
+        return Step(self.rope(positions, n_total, like), mask[:, None], cache, lengths)
+
+    def _mtp_chain(
+        self, hidden: Tensor, embeddings: Tensor, step: Step
+    ) -> tuple[list[Tensor], list[Routing | None]]:
+        """Run module after module, each one token further ahead (Eqs. 21 to 23)."""
+        logits, routings = [], []
+        for module in self.model.layers[self.config.num_hidden_layers :]:
+            if hidden.shape[1] < 2:  # nothing lies that far ahead
+                routings.append(None)
+                continue
+            hidden = hidden[:, :-1]
+            embeddings = embeddings[:, 1:]
+            ahead = Step(step.turns[: hidden.shape[1]], recipes=step.recipes)
+            hidden, routing = module.advance(hidden, embeddings, ahead)
+            logits.append(self.lm_head(hidden))
+            routings.append(routing)
+        return logits, routings
+
+    def _add_losses(
+        self, out: ModelOutput, labels: Tensor, document_ids: Tensor | None, routings: list[Routing]
+    ) -> None:
+        """Cross-entropy of the head and of each depth, and the balance loss (Eqs. 17, 24 and 25)."""
+        out.losses["main"] = next_token_loss(out.logits, labels, 1, document_ids)
+        for k, logits in enumerate(out.mtp_logits, start=1):
+            out.losses[f"mtp_{k}"] = next_token_loss(logits, labels, k + 1, document_ids)
+        out.loss = out.losses["main"]
+        if out.mtp_logits:
+            depths = sum(out.losses[f"mtp_{k}"] for k in range(1, len(out.mtp_logits) + 1))
+            out.loss = out.loss + self.mtp_loss_weight / len(out.mtp_logits) * depths
+        if self.aux_loss_alpha and routings:
+            out.losses["balance"] = sum(
+                sequence_balance_loss(r.scores, self.config.num_experts_per_tok, self.aux_loss_alpha)
+                for r in routings
+            )
+            out.loss = out.loss + out.losses["balance"]
+
+    def _check(
+        self, input_ids: Tensor, labels: Tensor | None, cache: LatentCache | None, lengths: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> None:  # fmt: skip
+        vocab, limit = self.config.vocab_size, self.config.max_position_embeddings
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise InputError(
+                f"input_ids: shape {tuple(input_ids.shape)}, expected [batch, tokens], neither of them 0"
+            )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids: dtype {input_ids.dtype}, expected integers")
+        if input_ids.shape[1] > limit:
+            raise ContextLengthError(
+                f"input_ids: {input_ids.shape[1]} tokens, max_position_embeddings is {limit}; shorten the input"
+            )
+        if input_ids.device.type != "cpu":
+            return  # reading values would stall the device; the embedding reports an id out of range there
+        low, high = (int(v) for v in input_ids.aminmax())
+        if low < 0 or high >= vocab:
+            raise InputError(f"input_ids: holds {low if low < 0 else high}, expected ids in [0, {vocab})")
+        for name, other in (("labels", labels), ("document_ids", document_ids)):
+            if other is not None and other.shape != input_ids.shape:
+                raise InputError(
+                    f"{name}: shape {tuple(other.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
+                )
+        if labels is not None:
+            if cache is not None:
+                raise InputError(
+                    "labels: a loss over cached tokens is not defined; pass the whole sequence without a cache"
+                )
+            wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab))]
+            if wrong.numel():
+                raise InputError(f"labels: holds {int(wrong[0])}, expected ids in [0, {vocab}) or {IGNORED}")
+        if lengths is not None:
+            fits = lengths.shape == input_ids.shape[:1] and bool(
+                ((lengths >= 0) & (lengths <= input_ids.shape[1])).all()
+            )
+            if not fits:
+                raise InputError(
+                    f"lengths: {lengths.tolist()}, expected one number in [0, {input_ids.shape[1]}] per row"
+                )
+        if cache is not None and cache.config.latent_dim != self.config.latent_dim:
+            raise InputError(
+                f"cache: made for {cache.config.latent_dim} values a token, the model has {self.config.latent_dim}"
+            )
+
+    # ---- looking in ----------------------------------------------------------------------------------
+
+    def routers(self) -> list[Router]:
+        """The gates, in the order of ``config.moe_layers``."""
+        return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; works on the meta device.
+
+        Returns:
+            "embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router" (with its
+            biases), "norms", "mtp" (all that the MTP modules own), "main" (all but "mtp"), "active" (main
+            parameters that one token meets: of the routed experts K_r, of the embedding nothing).
+        """
+        counts = dict.fromkeys(
+            ("embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router", "norms", "mtp"), 0
+        )  # fmt: skip
+        tensors = dict(self.named_parameters())
+        tensors |= {n: b for n, b in self.named_buffers() if n.endswith("e_score_correction_bias")}
+        for name, tensor in tensors.items():
+            counts[_part_of(name, self.config.num_hidden_layers)] += tensor.numel()
+        counts["main"] = sum(counts.values()) - counts["mtp"]
+        idle = 1 - self.config.num_experts_per_tok / self.config.n_routed_experts
+        counts["active"] = counts["main"] - counts["embedding"] - round(counts["routed_experts"] * idle)
+        return counts
+
+    # ---- use -----------------------------------------------------------------------------------------
+
+    def generate(self, input_ids: Int[Tensor, "B T"], **settings: object) -> Int[Tensor, "B T_out"]:
+        """Continue each row; see ``dsv3lib.inference.generate.generate`` for the settings."""
+        from .inference.generate import generate
+
+        return generate(self, input_ids, **settings)
+
+    def save_pretrained(self, folder: str | Path, **settings: object) -> None:
+        """Write ``config.json`` and safetensors with Hugging Face's names; see ``checkpoint.save``."""
+        checkpoint.save(self, folder, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> DeepSeekV3:
+        """Read a folder in Hugging Face's form, FP8 files too; see ``checkpoint.load``."""
+        with torch.device("meta"):
+            model = cls(checkpoint.read_config(folder))
+        checkpoint.load(model, folder, dtype=dtype, device=device)
+        return model
+
+
+def next_token_loss(
+    logits: Float[Tensor, "B Tk vocab"],
+    labels: Int[Tensor, "B T"],
+    ahead: int,
+    document_ids: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of position i's logits against the label ``ahead`` places on (Eq. 24).
+
+    Args:
+        logits: at least T − ahead positions are used. ahead: 1 for the main head, k + 1 at MTP depth k.
+        document_ids: a label in another document than its position is ignored.
+
+    Returns:
+        Nats per target, at least FP32; 0 where there is no target at all.
+    """
+    n = max(labels.shape[1] - ahead, 0)
+    target = labels[:, ahead:]
+    if document_ids is not None:
+        target = target.masked_fill(document_ids[:, ahead:] != document_ids[:, :n], IGNORED)
+    logits = logits[:, :n].flatten(0, 1)
+    if logits.element_size() < 4:
+        logits = logits.float()
+    total = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (target != IGNORED).sum().clamp(min=1)
+
+
+def _part_of(name: str, n_main: int) -> str:
+    """To which part of the model a parameter belongs."""
+    pieces = name.split(".")
+    if pieces[1] == "layers" and int(pieces[2]) >= n_main:
+        return "mtp"
+    if name.endswith("norm.weight"):
+        return "norms"
+    for piece, part in (
+        ("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"), ("gate", "router"),
+        ("shared_experts", "shared_experts"), ("experts", "routed_experts"),
+    ):  # fmt: skip
+        if piece in pieces:
+            return part
+    return "dense"
