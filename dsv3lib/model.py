@@ -29,6 +29,9 @@ from .layers.rope import RotaryEmbedding
 from .layers.router import Router, sequence_balance_loss
 
 IGNORED = -100  # a label that is no target
+PARTS = (
+    "embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router", "norms", "mtp",
+)  # fmt: skip
 
 
 @dataclass
@@ -288,9 +291,7 @@ class DeepSeekV3(nn.Module):
             biases), "norms", "mtp" (all that the MTP modules own), "main" (all but "mtp"), "active" (main
             parameters that one token meets: of the routed experts K_r, of the embedding nothing).
         """
-        counts = dict.fromkeys(
-            ("embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router", "norms", "mtp"), 0
-        )  # fmt: skip
+        counts = dict.fromkeys(PARTS, 0)
         tensors = dict(self.named_parameters())
         tensors |= {n: b for n, b in self.named_buffers() if n.endswith("e_score_correction_bias")}
         for name, tensor in tensors.items():

@@ -44,7 +44,7 @@ class _GroupedGemm(torch.autograd.Function):
     """Each product is written where it belongs: no joining copy forward, none backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, counts):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, counts):
         sizes = counts.tolist()
         if sum(sizes) != x.shape[0]:
             raise KernelError(f"grouped_gemm: counts sum to {sum(sizes)}, there are {x.shape[0]} rows")
@@ -56,7 +56,7 @@ class _GroupedGemm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         parts = grad.split(ctx.sizes)

@@ -124,25 +124,25 @@ class _Dispatch(torch.autograd.Function):
     """Dispatch and combine are each other's transpose: the backward of one is the forward of the other."""
 
     @staticmethod
-    def forward(ctx, x, visits):  # noqa: ANN001, ANN205
+    def forward(ctx, x, visits):
         ctx.visits = visits
         return x.index_select(0, visits.token)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         ones = grad.new_ones(ctx.visits.inverse.shape)
         return _gather_sum(grad, ones, ctx.visits.inverse), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, weights, visits):  # noqa: ANN001, ANN205
+    def forward(ctx, y, weights, visits):
         ctx.save_for_backward(y, weights)
         ctx.visits = visits
         return _gather_sum(y, weights, visits.inverse)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         y, weights = ctx.saved_tensors
         visits = ctx.visits
         sent = grad.index_select(0, visits.token)

@@ -109,7 +109,7 @@ class Router(nn.Module):
         indices, weights = route(scores, self.e_score_correction_bias, self.config)
         return indices, weights, scores
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202
+    def _apply(self, fn, recurse=True):
         # ``model.bfloat16()`` must not round the bias: its steps of γ = 0.001 would vanish in BF16.
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
