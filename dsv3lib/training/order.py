@@ -139,7 +139,8 @@ class DocumentOrder:
         """
         count = self.domain.count
         tried = 0
-        while count is None or tried <= count:
+        # What is left of this epoch may hold none, and the next one its first at its very end.
+        while count is None or tried < 2 * count:
             if count is not None and position >= count:
                 epoch, position = epoch + 1, 0
             index = position if count is None else permuted(position, count, self._key(epoch))

@@ -283,20 +283,24 @@ def shipped_tokenizer_folder() -> Path | None:
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 
-def default_tokenizer() -> Tokenizer:
-    """The course's tokenizer of 4,096 tokens: the shipped one, else one trained now on this machine's text.
+def default_tokenizer(domains: Sequence[Domain] | None = None) -> Tokenizer:
+    """The course's tokenizer of 4,096 tokens: the shipped one, else one trained now.
 
-    The shipped one is used whatever the Python version: another minor version's sources have other documents,
-    but byte-level BPE writes any text, so only the number of tokens changes a little.
+    The shipped one is used whatever the Python version: another minor version's sources have other
+    documents, but byte-level BPE writes any text, so only the number of tokens changes a little.
+
+    Args:
+        domains: what to train on if nothing is shipped; by default the built-in domains.
 
     Returns:
         The tokenizer.
 
     Raises:
-        DataError: nothing is shipped and there is no text to train one on.
+        DataError: nothing is shipped and there is no text, or too little, to train one on.
     """
-    folder = shipped_tokenizer_folder()
-    return Tokenizer.from_pretrained(folder) if folder else train_tokenizer(builtin_domains())
+    if folder := shipped_tokenizer_folder():
+        return Tokenizer.from_pretrained(folder)
+    return train_tokenizer(builtin_domains() if domains is None else domains)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
