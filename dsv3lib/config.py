@@ -311,7 +311,7 @@ class ModelConfig:
             raise ConfigError(
                 f"missing field {missing[0]!r}" + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
             )
-        config = cls(**fields)
+        config = cls(**_as_floats(cls, fields))
         if head_dim is not None:
             _require(
                 head_dim == config.qk_rope_head_dim,
@@ -413,7 +413,13 @@ def _read_yarn(settings: dict[str, Any], where: str) -> YarnScaling | None:
     for name in ("factor", "original_max_position_embeddings"):
         if name not in settings:
             raise ConfigError(f"missing field '{where}.{name}'")
-    return YarnScaling(**settings)
+    return YarnScaling(**_as_floats(YarnScaling, settings))
+
+
+def _as_floats(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON writes 10000 where 10000.0 is meant."""
+    floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
+    return {k: float(v) if k in floats and _is_int(v) else v for k, v in fields.items()}
 
 
 def _is_int(value: Any) -> bool:
