@@ -6,9 +6,11 @@ tensors (``checkpoint`` splits and joins them at the edge).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ from .layers.norm import RMSNorm
 from .layers.recompute import Recipes, run
 from .layers.rope import RotaryEmbedding
 from .layers.router import Router, sequence_balance_loss
+
+if TYPE_CHECKING:
+    from .inference.acceptance import SpeculationStatistics
 
 IGNORED = -100  # a label that is no target
 PARTS = (
@@ -149,7 +154,7 @@ class DeepSeekV3(nn.Module):
             CacheError: the cache belongs to another batch or model.
         """
         self._check(input_ids, labels, cache, lengths, document_ids)
-        step = self._begin(input_ids, cache, lengths)
+        step = self.begin(input_ids, cache, lengths)
         with nullcontext() if step.recipes is None else step.recipes.saving():
             return self._forward(input_ids, labels, document_ids, return_mtp, step)
 
@@ -181,8 +186,8 @@ class DeepSeekV3(nn.Module):
             self._add_losses(out, labels, document_ids, [r for r in routings if r is not None])
         return out
 
-    def _begin(self, input_ids: Tensor, cache: LatentCache | None, lengths: Tensor | None) -> Step:
-        """Positions, turns and mask of this call."""
+    def begin(self, input_ids: Tensor, cache: LatentCache | None, lengths: Tensor | None) -> Step:
+        """Positions, turns and mask of one call, of the main layers or (in drafting) of the MTP chain."""
         batch, n_new = input_ids.shape
         like = self.model.norm.weight
         recipes = Recipes() if self.recompute and torch.is_grad_enabled() and cache is None else None
@@ -303,11 +308,44 @@ class DeepSeekV3(nn.Module):
 
     # ---- use -----------------------------------------------------------------------------------------
 
-    def generate(self, input_ids: Int[Tensor, "B T"], **settings: object) -> Int[Tensor, "B T_out"]:
-        """Continue each row; see ``dsv3lib.inference.generate.generate`` for the settings."""
+    def generate(
+        self,
+        input_ids: Int[Tensor, "..."],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        speculative: bool = False,
+        *,
+        stop_tokens: Collection[int] | None = None,
+        lengths: Int[Tensor, "..."] | None = None,
+        generator: torch.Generator | None = None,
+        draft_tokens: int | None = None,
+        statistics: SpeculationStatistics | None = None,
+    ) -> Int[Tensor, "B T_out"]:
+        """Continue each row until a stop token or ``max_new_tokens``; the whole story is in ``inference.generate``.
+
+        Args:
+            input_ids: [B, T], prompts, right-padded where ``lengths`` [B] says that rows end early.
+            max_new_tokens: at most so many are added to a row.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
+            top_p: sample among the likeliest tokens that together hold this probability.
+            speculative: the MTP modules draft, the model verifies: the same text in fewer passes.
+            stop_tokens: a row ends with the first of these; by default ``eos_token_id``.
+            generator: source of the sampling.
+            draft_tokens: drafts a pass, one per MTP module by default. statistics: counts what is accepted.
+
+        Returns:
+            Each row's prompt and continuation, filled up with ``pad_token_id`` to the longest row.
+
+        Raises:
+            InputError: a setting is out of range. ContextLengthError: the text would become too long.
+        """
         from .inference.generate import generate
 
-        return generate(self, input_ids, **settings)
+        return generate(
+            self, input_ids, max_new_tokens, temperature, top_p, speculative, stop_tokens=stop_tokens,
+            lengths=lengths, generator=generator, draft_tokens=draft_tokens, statistics=statistics,
+        )  # fmt: skip
 
     def save_pretrained(self, folder: str | Path, **settings: object) -> None:
         """Write ``config.json`` and safetensors with Hugging Face's names; see ``checkpoint.save``."""

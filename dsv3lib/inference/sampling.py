@@ -1,0 +1,87 @@
+"""From logits to a token: the likeliest one, or a draw from the softmax, its temperature and its nucleus."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is picked.
+
+    Args:
+        temperature: 0 takes the likeliest token, otherwise logits are divided by it and sampled.
+        top_p: sample among the likeliest tokens that together hold this probability.
+        generator: source of the sampling, on the logits' device; torch's global one by default.
+
+    Raises:
+        InputError: a setting is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
+            raise InputError(
+                f"temperature: {self.temperature}, expected a finite number >= 0 (0 takes the likeliest token)"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p: {self.top_p}, expected a number in (0, 1]; 1 keeps all tokens")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0.0
+
+    def probabilities(self, logits: Float[Tensor, "*B vocab"]) -> Float[Tensor, "*B vocab"]:
+        """The distribution that ``choose`` draws from."""
+        return probabilities(logits, self.temperature, self.top_p)
+
+    def choose(self, logits: Float[Tensor, "*B vocab"]) -> Int[Tensor, "*B"]:
+        """Pick a token from each row of logits."""
+        return logits.argmax(-1) if self.greedy else self.draw(self.probabilities(logits))
+
+    def draw(self, p: Float[Tensor, "*B vocab"]) -> Int[Tensor, "*B"]:
+        """A token from each row's distribution."""
+        flat = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=self.generator)
+        return flat.view(p.shape[:-1])
+
+    def uniform(self, *shape: int, device: torch.device) -> Float[Tensor, "*shape"]:
+        """Numbers from [0, 1), FP32."""
+        return torch.rand(*shape, generator=self.generator, device=device)
+
+
+def probabilities(
+    logits: Float[Tensor, "*B vocab"], temperature: float, top_p: float = 1.0
+) -> Float[Tensor, "*B vocab"]:
+    """The distribution that is sampled from: softmax(logits / temperature), cut to its nucleus.
+
+    The nucleus is the smallest set of likeliest tokens that holds at least ``top_p``; the rest gets 0 and the
+    nucleus is normalised. At temperature 0 all probability is on the likeliest token.
+
+    Returns:
+        FP32, each row sums to 1.
+    """
+    if temperature == 0.0:
+        one_hot = torch.zeros_like(logits, dtype=torch.float32)
+        return one_hot.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits.float()
+    # The maximum goes first: a very small temperature must not make infinities that cancel to NaN.
+    below_best = logits - logits.amax(-1, keepdim=True)
+    p = (below_best / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1)
+    if top_p < 1.0:
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p is still inside
+        outside[..., 0] = False
+        p = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    return p

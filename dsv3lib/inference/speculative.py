@@ -1,0 +1,199 @@
+"""Speculative decoding: the MTP modules draft, the model verifies, and the text is what it would have been.
+
+A pass over m + 1 tokens takes hardly longer than one over a single token, as both read all weights. So each
+round the MTP chain drafts m tokens behind the newest one, the model scores all of them in one pass, and those
+are kept that it could have said itself, and one token of its own after them (paper §5.4.3; the rule is that
+of Leviathan et al., 2023). It is no search for the best of several: one draft is kept or cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import InputError
+from ..layers.cache import LatentCache
+from .acceptance import Round, SpeculationStatistics
+from .drafter import Drafter, take, unless_full
+from .request import Request, prefill
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from ..model import DeepSeekV3
+
+
+class Verdict(NamedTuple):
+    """How many drafts of each row stand, and the model's own token after them."""
+
+    accepted: Int[Tensor, " B"]
+    token: Int[Tensor, " B"]
+
+
+def verify(
+    drafts: Int[Tensor, "B m"],
+    q: Float[Tensor, "B m vocab"] | None,
+    logits: Float[Tensor, "B m1 vocab"],
+    sizes: Int[Tensor, " B"],
+    sampler: Sampler,
+) -> Verdict:
+    """Keep drafts as the model itself would have said them (Leviathan et al., Algorithm 1).
+
+    A draft x stands with probability min(1, p(x) / q(x)), and all before it must stand. After the first that
+    falls the token is drawn from (p − q)⁺, normalised; if none falls, from the model's next p. Together, x
+    comes out with probability min(p, q) + (p − q)⁺ = p. Greedy is the same with all of p on the likeliest
+    token: a draft stands where it is that token.
+
+    Args:
+        drafts: guesses. q: the distributions that they were drawn from, ``None`` where greedy.
+        logits: the model's, position k scores draft k; m + 1 of them. sizes: drafts each row has.
+        sampler: gives p.
+    """
+    rows = torch.arange(len(drafts), device=drafts.device)
+    present = torch.arange(drafts.shape[1], device=drafts.device) < sizes[:, None]
+    if q is None:
+        said = logits.argmax(-1)
+        accepted = leading(present & (said[:, :-1] == drafts))
+        return Verdict(accepted, said[rows, accepted])
+    p = sampler.probabilities(logits)
+    p_draft, q_draft = (x.gather(-1, drafts[..., None]).squeeze(-1) for x in (p[:, :-1], q))
+    stands = sampler.uniform(*drafts.shape, device=drafts.device) * q_draft < p_draft
+    accepted = leading(present & stands)
+    p_next = p[rows, accepted]
+    q_next = torch.cat([q, torch.zeros_like(p[:, :1])], 1)[rows, accepted]
+    q_next = q_next.masked_fill((accepted == sizes)[:, None], 0.0)  # none fell: nothing to make up for
+    rest = (p_next - q_next).clamp(min=0.0)
+    # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
+    return Verdict(accepted, sampler.draw(rest))
+
+
+def leading(true: Tensor) -> Int[Tensor, " B"]:
+    """How many of each row are true before the first that is not."""
+    return true.long().cumprod(-1).sum(-1)
+
+
+Verifier = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sampler], Verdict]
+
+
+def speculate(
+    model: DeepSeekV3,
+    request: Request,
+    draft_tokens: int | None = None,
+    statistics: SpeculationStatistics | None = None,
+    verifier: Verifier = verify,
+) -> Iterator[Round]:
+    """Give each round as soon as it stands; the first is the prompts' own pass, without drafts.
+
+    Args:
+        model: with at least one MTP module.
+        request: prompts and settings. Rows go on independently of each other.
+        draft_tokens: m, by default one per module; beyond that the last module is used again.
+        statistics: is filled along the way. verifier: ``verify``, or a wrong one to see what breaks.
+
+    Returns:
+        Rounds whose tokens, joined, are as plain generation gives them: equal where greedy (but for
+        rounding: a pass over several tokens may settle a tie otherwise), equally distributed where sampled.
+
+    Raises:
+        InputError: the model has no MTP module, or ``draft_tokens`` is below 1.
+    """
+    depth = model.config.num_nextn_predict_layers
+    if depth == 0:
+        raise InputError(
+            "speculative: the model has no MTP module to draft with (num_nextn_predict_layers is 0); "
+            "generate without speculation"
+        )
+    if draft_tokens is not None and draft_tokens < 1:
+        raise InputError(f"draft_tokens: {draft_tokens}, expected at least 1")
+    return _rounds(Speculation(model, request, draft_tokens or depth, verifier), statistics)
+
+
+def _rounds(speculation: Speculation, statistics: SpeculationStatistics | None) -> Iterator[Round]:
+    yield speculation.begin()
+    while not bool(speculation.ended.all()):
+        round_ = speculation.step()
+        if statistics is not None:
+            statistics.add(round_)
+        yield round_
+
+
+class Speculation:
+    """What stands between two rounds. The bookkeeping is by row and on the CPU.
+
+    Args:
+        model, request, draft_tokens, verifier: as for ``speculate``.
+
+    Attributes:
+        text: Int64 [B, capacity], prompts and confirmed tokens. n: Int64 [B], how many a row has.
+        ended: bool [B]. cache: the model's latents of each row's first n − 1 tokens, neither more nor fewer.
+    """
+
+    def __init__(self, model: DeepSeekV3, request: Request, draft_tokens: int, verifier: Verifier) -> None:
+        self.model, self.request = model, request
+        self.draft_tokens, self.verifier = draft_tokens, verifier
+        self.cache = LatentCache(model.config, capacity=request.reserve)
+        ids = request.input_ids.cpu()
+        self.text = torch.cat([ids, ids.new_zeros(ids.shape[0], request.max_new_tokens)], 1)
+        self.n = request.lengths.clone()
+        self.ended = torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    @torch.inference_mode()
+    def begin(self) -> Round:
+        """The prompts' pass, and each row's first token."""
+        request = self.request
+        logits, hidden = prefill(self.model, request, self.cache)
+        self.drafter = Drafter(self.model, request.sampler, hidden, self.draft_tokens, request.reserve)
+        return self._gain([[] for _ in self.n], [0] * len(self.n), request.sampler.choose(logits).tolist())
+
+    @torch.inference_mode()
+    def step(self) -> Round:
+        """Draft, verify, keep what stands."""
+        device = self.request.input_ids.device
+        left = self.request.lengths + self.request.max_new_tokens - self.n
+        sizes = (left - 1).clamp(max=self.draft_tokens).masked_fill(self.ended, 0)  # one is the model's own
+        drafts, q = self._draft(sizes)
+        newest = take(self.text, self.n - 1, 1).to(device)
+        reads = (sizes + 1).masked_fill(self.ended, 0)
+        out = self.model(
+            torch.cat([newest, drafts], 1), cache=self.cache, lengths=unless_full(reads, drafts.shape[1] + 1)
+        )
+        accepted, token = self.verifier(drafts, q, out.logits, sizes.to(device), self.request.sampler)
+        judged = [row[:size] for row, size in zip(drafts.tolist(), sizes.tolist(), strict=True)]
+        before = self.n.clone()
+        round_ = self._gain(judged, accepted.tolist(), token.tolist())
+        self.cache.crop(self.n - 1)
+        if drafts.shape[1]:  # else no row will draft again
+            self.drafter.confirm(before, self.n, out.hidden)
+        return round_
+
+    def _draft(self, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
+        if bool(sizes.any()):
+            return self.drafter.draft(self.text, self.n, sizes)
+        vocab, ids = self.model.config.vocab_size, self.request.input_ids
+        q = None if self.request.sampler.greedy else torch.zeros(len(ids), 0, vocab, device=ids.device)
+        return ids[:, :0], q
+
+    def _gain(self, drafts: list[list[int]], accepted: list[int], tokens: list[int]) -> Round:
+        """Write down what each row gained, up to its stop token."""
+        gained: list[list[int]] = [[] for _ in drafts]
+        for b, ended in enumerate(self.ended.tolist()):
+            if ended:
+                drafts[b], accepted[b] = [], 0
+                continue
+            new = drafts[b][: accepted[b]] + [tokens[b]]
+            stop = next((i for i, token in enumerate(new) if token in self.request.stops), None)
+            if stop is not None:
+                new = new[: stop + 1]
+                if stop < accepted[b]:  # drafts behind the end were never in question
+                    drafts[b], accepted[b] = drafts[b][: stop + 1], stop + 1
+            n = int(self.n[b])
+            self.text[b, n : n + len(new)] = torch.tensor(new)
+            self.n[b] += len(new)
+            full = n + len(new) - int(self.request.lengths[b]) == self.request.max_new_tokens
+            self.ended[b] = full or stop is not None
+            gained[b] = new
+        return Round(drafts, accepted, gained)
