@@ -310,14 +310,14 @@ class DeepSeekV3(nn.Module):
 
     def generate(
         self,
-        input_ids: Int[Tensor, "..."],
+        input_ids: Int[Tensor, "*prompts"],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         speculative: bool = False,
         *,
         stop_tokens: Collection[int] | None = None,
-        lengths: Int[Tensor, "..."] | None = None,
+        lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
         draft_tokens: int | None = None,
         statistics: SpeculationStatistics | None = None,

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 def generate(
     model: DeepSeekV3,
-    input_ids: Int[Tensor, "..."],
+    input_ids: Int[Tensor, "*prompts"],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     speculative: bool = False,
     *,
     stop_tokens: Collection[int] | None = None,
-    lengths: Int[Tensor, "..."] | None = None,
+    lengths: Int[Tensor, "*rows"] | None = None,
     generator: torch.Generator | None = None,
     draft_tokens: int | None = None,
     statistics: SpeculationStatistics | None = None,
@@ -81,13 +81,13 @@ def generate(
 
 def stream(
     model: DeepSeekV3,
-    input_ids: Int[Tensor, "..."],
+    input_ids: Int[Tensor, "*prompts"],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     *,
     stop_tokens: Collection[int] | None = None,
-    lengths: Int[Tensor, "..."] | None = None,
+    lengths: Int[Tensor, "*rows"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " B"]]:
     """Give the next token of every row as soon as it is chosen; arguments as for ``generate``.

@@ -41,12 +41,12 @@ class Request:
     def of(
         cls,
         model: DeepSeekV3,
-        input_ids: Int[Tensor, "..."],
+        input_ids: Int[Tensor, "*prompts"],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_tokens: Collection[int] | None = None,
-        lengths: Int[Tensor, "..."] | None = None,
+        lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Request:
         """Check the arguments of ``generate`` and put in what was left out.
