@@ -7,10 +7,14 @@ A notebook is written as ``notebooks/source/NN_name.py`` (py:percent); ``make no
 ``.ipynb`` from it, executes it and keeps its outputs. Look at ``dsv3lib/course/notebooks.py`` for what
 that does, and at ``tests/notebooks/lessons.py`` for the bounds that the tests hold each lesson to.
 
-The first two cells::
+The text opens with jupytext's header (copy it from another lesson, or let
+``python -m dsv3lib.course.notebooks --to-source NN`` write it), and its first two code cells are::
 
     # %% tags=["parameters"]
-    STEPS, SEED, DEVICE, FAST = 60, 1234, "auto", False
+    STEPS = 60       # training steps
+    SEED = 1234
+    DEVICE = "auto"  # or "cpu", "cuda"
+    FAST = False     # True: the same cells on less data, for the tests
 
     # %%
     from dsv3lib.course import setup
@@ -50,6 +54,14 @@ The notebook tests compare outputs word for word. So print integers, shapes and 
 differs between machines or runs (times, speeds, devices) to ``measured("…")`` and nowhere else, and give
 ``reveal`` a time with ``varies=True``. Pictures are not compared, their alt texts are.
 
+Waiting
+-------
+Whatever takes longer than a few seconds gets a bar; it leaves nothing to compare::
+
+    with bar("training", total=STEPS) as step:
+        for batch in batches:
+            step(note=f"loss {loss:.3f}")
+
 Figures
 -------
 ``dsv3lib.viz.style``: ``figure(title, xlabel, ylabel)``, ``line(meaning)``, ``bar(meaning)``,
@@ -67,9 +79,11 @@ if TYPE_CHECKING:
     from dsv3lib.course.overview import progress
     from dsv3lib.course.prediction import predict, reveal
     from dsv3lib.course.session import Session, setup
+    from dsv3lib.course.waiting import bar
 
 __all__ = [
     "Session",
+    "bar",
     "check",
     "exercise",
     "hint",
@@ -83,6 +97,7 @@ __all__ = [
 
 _HOME = {
     "Session": "session",
+    "bar": "waiting",
     "check": "answer",
     "exercise": "answer",
     "hint": "answer",

@@ -28,7 +28,7 @@ _CARD = (
     "border:1px solid var(--jp-border-color2, #bdbdbd);border-left-width:5px;border-radius:3px;"
 )
 _CODE = (
-    "display:block;white-space:pre-wrap;overflow-x:auto;margin:.4em 0;padding:.5em .7em;"
+    "display:block;white-space:pre;overflow-x:auto;margin:.4em 0;padding:.5em .7em;"
     "font-family:var(--jp-code-font-family, monospace);font-size:var(--jp-code-font-size, 13px);"
     "color:var(--jp-content-font-color1, inherit);background:var(--jp-layout-color2, rgba(128,128,128,.12));"
 )
@@ -98,13 +98,19 @@ def show(html_text: str, plain: str, view: dict[str, Any] | None = None) -> None
         plain: the same in plain text.
         view: a widget's own view bundle, preferred by front ends that hold its model.
     """
-    from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
-    if not InteractiveShell.initialized():  # a plain Python session has nothing that could show HTML
+    if not in_notebook():
         print(plain)
         return
     display({"text/plain": plain, "text/html": html_text, **(view or {})}, raw=True)
+
+
+def in_notebook() -> bool:
+    """Return whether there is a front end that shows HTML; a plain Python session has none."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    return InteractiveShell.initialized()
 
 
 def view_of(widget: Any) -> dict[str, Any]:

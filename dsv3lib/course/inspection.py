@@ -74,7 +74,7 @@ def metadata_problems(book: NotebookNode) -> list[str]:
             if has_state
             else "the widget metadata lacks 'state': GitHub refuses to show such a notebook"
         )
-    extra = set(book.metadata) - {"kernelspec", "language_info", "widgets"}
+    extra = set(book.metadata) - {"kernelspec", "language_info", "widgets", "jupytext"}
     found += [f"the notebook's metadata holds {key!r}" for key in sorted(extra)]
     if "version" in book.metadata.get("language_info", {}):
         found.append("the notebook's metadata names the Python version of the machine that ran it")
@@ -129,9 +129,9 @@ def parameter_problems(book: NotebookNode, names: frozenset[str]) -> list[str]:
     if len(tagged) != 1:
         return [f"{len(tagged)} cells are tagged 'parameters', expected 1"]
     return [
-        f"the parameters cell does not set {name}"
+        f"the parameters cell does not set {name} on a line of its own"  # papermill reads no other form
         for name in sorted(names)
-        if not re.search(rf"\b{name}\b[^=\n]*=", tagged[0].source)
+        if not re.search(rf"(?m)^{name}\s*(?::[^=\n]+)?=(?!=)", tagged[0].source)
     ]
 
 

@@ -45,11 +45,17 @@ def execute(book: NotebookNode, folder: Path, timeout: int = CELL_TIMEOUT_SECOND
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
-    own_python = KernelSpecManager(kernel_dirs=[])  # no folders: only the kernel of this interpreter is left
+    class OwnPython(AsyncKernelManager):
+        """Finds no kernel in any folder, so that the one of this interpreter is what is left."""
+
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return KernelSpecManager(kernel_dirs=[], parent=self)
+
     with tempfile.TemporaryDirectory(prefix="dsv3-notebook-") as scratch:
         client = NotebookClient(
             book,
-            km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own_python),
+            kernel_name="python3",
+            kernel_manager_class=OwnPython,
             timeout=timeout,
             resources={"metadata": {"path": str(folder)}},
             store_widget_state=True,

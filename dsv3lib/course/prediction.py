@@ -66,6 +66,7 @@ def reveal(
     actual: Any,
     *,
     because: str = "",
+    unit: str = "",
     close: float = 0.1,
     varies: bool = False,
 ) -> None:
@@ -75,6 +76,7 @@ def reveal(
         key: that of the :func:`predict` before.
         actual: the right option (its text), or the number that came out.
         because: one sentence of why, shown whether the prediction was right or not.
+        unit: the number's unit, for a learner who made no prediction.
         close: a number counts as right within this relative distance.
         varies: True if ``actual`` is a time or another figure that differs between runs.
     """
@@ -82,7 +84,7 @@ def reveal(
     outcome = _number(actual) if _is_number(actual) else str(actual)
     if "answer" not in entry:
         tone, title = "open", "No prediction made"
-        sentence = f"What happened: {outcome}{_unit(entry)}."
+        sentence = f"What happened: {f'{outcome} {unit}'.strip()}."
     else:
         tone, title, sentence = _compare(entry, actual, outcome, close)
     text = f"{sentence} {because}".strip()
