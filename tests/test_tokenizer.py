@@ -108,6 +108,13 @@ def test_no_token_holds_more_than_three_digits(number):
     assert {1 + sum(map(len, groups[:k])) for k in range(len(groups) + 1)} <= borders
 
 
+def test_training_never_merges_more_than_three_digits(tmp_path):
+    # One number over and over: without the cut it would become a token of its own.
+    (tmp_path / "a.txt").write_text("x 1234567 y\n" * 300)
+    tokenizer = train_tokenizer(folder_domains(tmp_path)[0], 267)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567")] == ["123", "456", "7"]
+
+
 def test_bos_and_eos_stand_around():
     assert TOKENIZER.encode("hi", bos=True, eos=True) == [0, *TOKENIZER.encode("hi"), 1]
     assert TOKENIZER.decode([0, *TOKENIZER.encode("hi"), 1, 2]) == "hi"
