@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,10 +43,14 @@ def parts(config: ModelConfig, context: int) -> tuple[dict[str, int], dict[str, 
         Parameters, and operations per token; parts that have none are left out. Norms (0.0002 % of V3) and
         MTP modules are not on the map.
     """
-    with torch.device("meta"):
-        counts = DeepSeekV3(config).parameter_counts()
-    flops = forward_flops(config, context)
+    counts, flops = _parameters(config), forward_flops(config, context)
     return {k: counts[k] for k in PARTS if counts.get(k)}, {k: flops[k] for k in PARTS if flops.get(k)}
+
+
+@functools.lru_cache  # a slider asks again and again
+def _parameters(config: ModelConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        return DeepSeekV3(config).parameter_counts()
 
 
 def model_map(configs: Mapping[str, ModelConfig], context: int = 4096) -> tuple[Figure, str]:
