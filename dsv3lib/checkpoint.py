@@ -220,6 +220,8 @@ def load(
                 stored, torch.bfloat16
             )
         model.to_empty(device=device) if _is_meta(model) else model.to(device)
+        if model.config.tie_word_embeddings:  # leaving the meta device makes one shared matrix two
+            model.lm_head.weight = model.model.embed_tokens.weight
         model.to(dtype)
         state = model.state_dict()
         for entry in wanted.values():

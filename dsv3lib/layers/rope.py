@@ -113,5 +113,7 @@ def apply_rope(
         x: neighbours are pairs. turns: broadcast against x read as complex numbers.
     """
     real = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(real.reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    real = real.reshape(*x.shape[:-1], -1, 2)
+    if real.storage_offset() % 2 or any(step % 2 for step in real.stride()[:-1]):
+        real = real.clone(memory_format=torch.contiguous_format)  # sliced off at an odd place
+    return torch.view_as_real(torch.view_as_complex(real) * turns).flatten(-2).to(x.dtype)
