@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,12 @@ def expect_tensor(got: Any, expected: Tensor, what: str, *, atol: float = 1e-5) 
 
 
 def expect_number(
-    got: Any, expected: float, what: str, *, rel: float = 1e-6, slips: dict[float, str] | None = None
+    got: Any,
+    expected: int | float,
+    what: str,
+    *,
+    rel: float = 1e-6,
+    slips: Mapping[int | float, str] | None = None,
 ) -> None:
     """Reject ``got`` unless it is the expected number.
 
@@ -149,8 +154,8 @@ def expect_number(
         )
 
 
-def _near(a: float, b: float, rel: float) -> bool:
-    return abs(a - b) <= rel * max(abs(a), abs(b), 1e-30)
+def _near(a: int | float, b: int | float, rel: float) -> bool:
+    return math.isfinite(a) and abs(a - b) <= rel * max(abs(a), abs(b), 1e-30)
 
 
 def _plain(value: int | float) -> str:
