@@ -148,7 +148,7 @@ def _code() -> Domain:
     if not sizes:
         raise DataError(
             f"domain 'code': no Python sources of the standard library under {root}; this Python is "
-            "packed without them. Use another Python, or go on without: without=('code',)"
+            "packed without them. Use another Python, or go on without it: --without code, in Python without=('code',)"
         )
     return ListedDomain(
         "code", sizes, lambda name: (root / name).read_text(encoding="utf-8", errors="replace")
@@ -203,7 +203,7 @@ def _language(name: str) -> Domain:
     package = f"jupyterlab-language-pack-{locale.replace('_', '-')}"
     way_out = (
         f"Install it with `python -m pip install {package}`, or go on without this language: "
-        f"builtin_domains(without=('{name}',))"
+        f"--without {name}, in Python without=('{name}',)"
     )
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
