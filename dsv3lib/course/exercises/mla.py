@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from dsv3lib.course.task import Exercise, Rejected, WrongAnswer, describe, expect_number, expect_tensor
 
@@ -54,15 +54,15 @@ def _expanded_scores(q_BHN: Tensor, latent_BTC: Tensor, w_uk_HNC: Tensor) -> Ten
     return torch.einsum("bhn,bthn->bht", q_BHN, k_BTHN)
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation in the block makes."""
+class _LargestTensor(TorchFunctionMode):
+    """Records the largest tensor that any call of torch in the block makes; a view counts as what it views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.numel = 0
         self.shape: list[int] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, Tensor) and one.untyped_storage().size() // one.element_size() > self.numel:
@@ -83,12 +83,12 @@ def _check_absorbed(answer: Callable[..., Tensor]) -> None:
     w = torch.randn(heads, nope, rank)
     with _LargestTensor() as seen:
         answer(q, latent, w)
-    keys = batch * tokens * heads * nope
-    if seen.numel >= keys:
+    needed = max(batch * heads * tokens, latent.numel(), w.numel())  # scores, latents, weights: no more
+    if seen.numel > needed:
         raise Rejected(
-            f"the scores are right, but on the way your function makes a tensor of shape {seen.shape}, "
-            f"as large as all the keys ({keys:,} values for {tokens} tokens). Absorption never builds the "
-            f"keys: bring the query to the latents instead."
+            f"the scores are right, but on the way your function makes a tensor of shape {seen.shape}: keys "
+            f"for {tokens} tokens. Absorption never builds them, not even one head's: nothing larger than "
+            f"the latents ({needed:,} values here) is needed. Bring the query to the latents instead."
         )
 
 
@@ -221,6 +221,12 @@ EXERCISES = (
         ),
         wrong=(
             WrongAnswer("right numbers, but the keys are built", _expanded_scores),
+            WrongAnswer(
+                "right numbers, but each head's keys are built in turn",
+                lambda q, c, w: torch.stack(
+                    [torch.einsum("bn,btn->bt", q[:, h], c @ w[h].T) for h in range(q.shape[1])], dim=1
+                ),
+            ),
             WrongAnswer(
                 "the same weight for every head",
                 lambda q, c, w: torch.einsum("bhn,nc,btc->bht", q, w[0], c),
