@@ -148,7 +148,8 @@ def _code() -> Domain:
     if not sizes:
         raise DataError(
             f"domain 'code': no Python sources of the standard library under {root}; this Python is "
-            "packed without them. Use another Python, or go on without it: --without code, in Python without=('code',)"
+            "packed without them. Use another Python, or go on without it: --without code, "
+            "in Python without=('code',)"
         )
     return ListedDomain(
         "code", sizes, lambda name: (root / name).read_text(encoding="utf-8", errors="replace")
