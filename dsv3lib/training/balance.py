@@ -88,11 +88,11 @@ def load_entropy(load: Int[Tensor, "*layers E"]) -> Float[Tensor, "*layers"]:
 
 
 def domain_load(
-    expert_indices: Sequence[Int[Tensor, "B Tk A"] | None],
+    expert_indices: Sequence[Int[Tensor, "B _ A"] | None],
     domain_ids: Int[Tensor, "B T"],
     domains: int,
     experts: int,
-) -> Int[Tensor, "{domains} layers {experts}"]:
+) -> Int[Tensor, "{domains} _ {experts}"]:
     """How many visits each expert received from each text domain.
 
     Args:

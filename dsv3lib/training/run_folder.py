@@ -150,8 +150,8 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
         if difference is not None:
             name, then, here = difference
             raise TrainingError(
-                f"{name}: the run was begun with {then!r}, it is to be resumed with {here!r}; resume it as it "
-                "was, or begin a new run in another folder"
+                f"{name}: the run was begun with {then!r}, it is to be resumed with {here!r}; resume it as "
+                "it was, or begin a new run in another folder"
             )
 
 

@@ -115,7 +115,7 @@ def read_log(path: str | Path) -> RunHistory:
 
 
 def follow(
-    path: str | Path, poll_seconds: float = 0.5, timeout_seconds: float | None = None
+    path: str | Path, poll_seconds: float | int = 0.5, timeout_seconds: float | int | None = None
 ) -> Iterator[Record]:
     """Yield the records of a log as they come, from its first line on, until the run ends.
 

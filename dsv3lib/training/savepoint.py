@@ -174,4 +174,7 @@ def _sync(path: Path) -> None:
 
 
 def _cause(error: Exception) -> str:
+    """The system's own words for what went wrong, without those of the layers between."""
+    while isinstance(error, SaveError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return getattr(error, "strerror", None) or str(error)

@@ -200,8 +200,8 @@ def _introduce(console: Console, trainer: Trainer) -> None:
     counts, config = trainer.model.parameter_counts(), trainer.config
     length = f"{trainer.total_steps} steps" if trainer.total_steps else f"{config.minutes:g} minutes"
     console.print(
-        f"DeepSeek-V3, {counts['main'] / 1e6:.1f}M parameters ({counts['active'] / 1e6:.1f}M active a token), MTP "
-        f" {counts['mtp'] / 1e6:.1f}M more, on {trainer.device.type}, {config.threads} threads\n"
+        f"DeepSeek-V3, {counts['main'] / 1e6:.1f}M parameters ({counts['active'] / 1e6:.1f}M active a token), "
+        f"MTP {counts['mtp'] / 1e6:.1f}M more, on {trainer.device.type}, {config.threads} threads\n"
         f"text: {', '.join(trainer.stream.domain_names)}\n"
         f"{length}, {config.batch_size} x {trainer.stream.seq_len} tokens a step, run folder {trainer.out}",
         highlight=False,

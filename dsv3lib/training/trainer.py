@@ -296,8 +296,8 @@ class Trainer:
             for name, then in recorded["versions"].items():
                 if now["versions"].get(name) != then:
                     warnings.warn(
-                        f"{name} was {then} when the run was begun and is {now['versions'].get(name)}: losses "
-                        "may differ in their last digits",
+                        f"{name} was {then} when the run was begun and is {now['versions'].get(name)}: "
+                        "losses may differ in their last digits",
                         stacklevel=3,
                     )
             if recorded["total_steps"] is not None:
