@@ -54,7 +54,7 @@ class Drafter:
 
         Args:
             text: confirmed tokens, on the CPU. n: how many each row has; the model has read all but the newest.
-            sizes: drafts wanted of each row, at least one somewhere, never more than the round before.
+            sizes: drafts wanted of each row, at least one somewhere; a row that wants none will never again.
 
         Returns:
             Drafts, m the largest of ``sizes``, and the distributions that they were drawn from (``None`` where
@@ -69,7 +69,7 @@ class Drafter:
         step = self.model.begin(tokens, self.cache, lengths)
         drafts: list[Tensor] = []
         q: list[Tensor] = []
-        for module in self.modules[: int(sizes.max())]:
+        for module in self.modules:  # all of them, even for fewer drafts: their latents are wanted later
             hidden, _ = module.advance(hidden, self.model.model.embed_tokens(tokens), step)
             newest = hidden[rows, last]
             self._pick(newest, drafts, q)
@@ -85,7 +85,8 @@ class Drafter:
             newest = hidden[:, 0]
             self._pick(newest, drafts, q)
             self.cache.advance(1, lengths)
-        return torch.stack(drafts, 1), torch.stack(q, 1) if q else None
+        m = int(sizes.max())
+        return torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None
 
     def _pick(self, hidden: Float[Tensor, "B D"], drafts: list[Tensor], q: list[Tensor]) -> None:
         logits = self.model.lm_head(hidden)
@@ -104,8 +105,9 @@ class Drafter:
             before: confirmed tokens of each row when it was drafted. n: as many now.
             hidden: the model's states from position ``before`` − 1 on.
         """
-        # At position i the deepest module has read token i + depth, which must be a confirmed one.
-        sure = (n - len(self.modules)).clamp(min=0).minimum(before - 1)
+        # At position i the deepest module has read token i + depth. Sure are the drafts that stand, and not
+        # the newest token, which the model put in the place of a draft that fell.
+        sure = (n - 1 - len(self.modules)).clamp(min=0).minimum(before - 1)
         first = self.cache.lengths.minimum(sure)
         self.cache.crop(first)
         width = int((n - 1 - first).max())
