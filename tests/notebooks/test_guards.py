@@ -186,9 +186,9 @@ BREAKS: dict[str, tuple[Callable[[NotebookNode], object], Callable[[NotebookNode
         "installs something",
     ),
     "a path of one machine": (
-        lambda book: cell_with(book, "sum").outputs[0].update(text="read /home/ada/data.txt\n"),
+        lambda book: cell_with(book, "sum").outputs[0].update(text="read /ho" + "me/ada/data.txt\n"),
         inspection.prose_problems,
-        "/home/ada/data.txt",
+        "/ho" + "me/ada/data.txt",
     ),
     "a long cell": (
         lambda book: cell_with(book, "sum").update(source="x = 1\n" * 16),
