@@ -1,0 +1,80 @@
+"""The latent cache's figures say what they were given."""
+
+import pytest
+from matplotlib.colors import to_hex
+
+from dsv3lib.viz import cache, style
+
+BYTES = {"MHA": 4_997_120, "GQA-8": 312_320, "MQA": 39_040, "MLA": 70_272}
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (70_272, "68.6 KiB"),
+        (2**20, "1 MiB"),
+        (70_272 * 2**17, "8.58 GiB"),
+        (4_997_120 * 2**17, "610 GiB"),
+        (3 * 2**40, "3 TiB"),
+    ],
+)
+def test_bytes_are_said_to_three_digits(count: int, said: str) -> None:
+    assert cache.readable_bytes(count) == said
+
+
+@pytest.mark.parametrize("tokens", cache.CONTEXTS)
+def test_the_reading_at_a_context_is_in_picture_and_alt_text(tokens: int) -> None:
+    fig, alt = cache.cache_by_context(BYTES, tokens)
+    texts = [text.get_text() for text in fig.axes[0].texts]
+    assert f"At {tokens:,} tokens" in alt
+    for name, size in BYTES.items():
+        said = cache.readable_bytes(size * tokens)
+        assert said in texts and name in texts
+        assert f"{name} {said}" in alt
+
+
+def test_lines_hold_bytes_times_context_and_only_mla_has_the_latent_s_colour() -> None:
+    fig, _ = cache.cache_by_context(BYTES, 4096)
+    lines = [one for one in fig.axes[0].lines if len(one.get_xdata()) == len(cache.CONTEXTS)]
+    assert len(lines) == len(BYTES)
+    for one, (name, size) in zip(lines, BYTES.items(), strict=True):
+        assert one.get_ydata()[-1] == pytest.approx(size * 131_072 / 2**30)
+        assert (to_hex(one.get_color()) == style.colour("latent")) == (name == "MLA")
+
+
+def test_the_reading_never_leaves_the_axes() -> None:
+    for tokens in (cache.CONTEXTS[0], cache.CONTEXTS[-1]):
+        fig, _ = cache.cache_by_context(BYTES, tokens)
+        fig.canvas.draw()
+        frame = fig.axes[0].get_window_extent()
+        for text in fig.axes[0].texts:
+            if text.get_text() not in BYTES:
+                box = text.get_window_extent()
+                assert frame.x0 <= box.x0 and box.x1 <= frame.x1, text.get_text()
+
+
+def test_decode_figure_has_both_forms_in_both_panels_and_an_alt_text_without_measurements() -> None:
+    contexts = [64, 128, 1024]
+    fig, alt = cache.decode_by_context(
+        contexts,
+        {"expanded": [9.7, 17.7, 131.7], "absorbed": [1.7, 1.8, 2.7]},
+        {"expanded": [2152.7, 4305.3, 34443.1], "absorbed": [51.4, 69.2, 318.7]},
+    )
+    assert [len(ax.lines) for ax in fig.axes] == [2, 2]
+    assert "ms" in fig.axes[0].get_ylabel() and "MFLOP" in fig.axes[1].get_ylabel()
+    assert not any(character.isdigit() for character in alt)
+
+
+def test_directions_figure_draws_percent_and_both_floors() -> None:
+    fig, alt = cache.kept_by_directions(
+        {"trained": [0.5, 0.9, 1.0], "untrained": [0.2, 0.4, 0.6]},
+        {"best": {1: 3.0, 2: 2.5}, "random": {1: 3.6, 2: 3.5}},
+        {"whole model": 2.4, "trained with 8": 2.3},
+    )
+    left, right = fig.axes
+    assert list(left.lines[0].get_ydata()) == [50, 90, 100]
+    assert [line.get_label() for line in right.lines] == ["best", "random", "whole model", "trained with 8"]
+    assert not any(character.isdigit() for character in alt)
+    assert style.png(fig).startswith(b"\x89PNG")
