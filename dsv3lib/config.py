@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -203,6 +204,8 @@ class ModelConfig:
             inside = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
             _require(inside, name, value, f"null or an integer in [0, {self.vocab_size})")
         if self.rope_scaling is not None:
+            is_yarn = isinstance(self.rope_scaling, YarnScaling)
+            _require(is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)")
             reach = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
             _require(
                 self.max_position_embeddings <= math.ceil(reach), "max_position_embeddings",
@@ -419,7 +422,7 @@ def _read_yarn(settings: dict[str, Any], where: str) -> YarnScaling | None:
 def _as_floats(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     """JSON writes 10000 where 10000.0 is meant."""
     floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
-    return {k: float(v) if k in floats and _is_int(v) else v for k, v in fields.items()}
+    return {k: float(v) if k in floats and _is_int(v) and _is_number(v) else v for k, v in fields.items()}
 
 
 def _is_int(value: Any) -> bool:
@@ -427,7 +430,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _positive_int(name: str, value: Any) -> None:

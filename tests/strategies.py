@@ -1,8 +1,10 @@
 """Random small models for hypothesis, and the proof that a check can fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -87,7 +89,9 @@ def small(**changes: Any) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
-def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> DeepSeekV3:
+def build(
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> DeepSeekV3:
     """A model whose every weight matters: matrices that carry signal, norms off one, biases of both signs."""
     generator = torch.Generator().manual_seed(seed)
     model = DeepSeekV3(config, generator=generator, **settings)
@@ -132,3 +136,14 @@ def assert_rejects(check: Callable[..., None], examples: int = 50, **strategies:
 
     with pytest.raises(AssertionError):
         search()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Annotations unchecked, as they are for a user, whose bad input meets the library's own errors first."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

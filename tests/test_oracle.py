@@ -83,7 +83,9 @@ def test_yarn_agrees_past_the_original_length(config: ModelConfig, seed: int) ->
 
 
 @torch.no_grad()
-def mtp_oracle(ours: DeepSeekV3, theirs: DeepseekV3ForCausalLM, input_ids: torch.Tensor) -> list[torch.Tensor]:
+def mtp_oracle(
+    ours: DeepSeekV3, theirs: DeepseekV3ForCausalLM, input_ids: torch.Tensor
+) -> list[torch.Tensor]:
     """Logits of each depth from transformers' own MTP layers with our weights."""
     depths, first = ours.config.num_nextn_predict_layers, ours.config.num_hidden_layers
     chain = MtpModel(theirs, depths).eval()
@@ -109,9 +111,7 @@ def mtp_oracle(ours: DeepSeekV3, theirs: DeepseekV3ForCausalLM, input_ids: torch
 
 
 @settings(max_examples=12)
-@given(
-    config=configs(oracle=True, mtp=(1, 3), rope_interleave=True), seed=SEEDS, length=st.integers(4, 10)
-)
+@given(config=configs(oracle=True, mtp=(1, 3), rope_interleave=True), seed=SEEDS, length=st.integers(4, 10))
 def test_mtp_logits_agree_at_every_depth(config: ModelConfig, seed: int, length: int) -> None:
     ours = build(config, seed)
     with tempfile.TemporaryDirectory() as folder:
