@@ -28,7 +28,7 @@ from .layers.mtp import MTPModule
 from .layers.norm import RMSNorm
 from .layers.recompute import Recipes, run
 from .layers.rope import RotaryEmbedding
-from .layers.router import Router, sequence_balance_loss
+from .layers.router import Router, balance_loss
 
 if TYPE_CHECKING:
     from .inference.acceptance import SpeculationStatistics
@@ -97,6 +97,8 @@ class DeepSeekV3(nn.Module):
     Attributes:
         mtp_loss_weight: λ. aux_loss_alpha: α. Both start at the configuration's values and may be changed
             while training.
+        aux_loss_over: what the balance loss asks to be balanced, each "sequence" (Eqs. 17 to 20) or the whole
+            "batch" (§4.5.3).
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class DeepSeekV3(nn.Module):
         self.recompute = recompute
         self.mtp_loss_weight = config.mtp_loss_weight
         self.aux_loss_alpha = config.aux_loss_alpha
+        self.aux_loss_over = "sequence"
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -231,7 +234,9 @@ class DeepSeekV3(nn.Module):
             out.loss = out.loss + self.mtp_loss_weight / len(out.mtp_logits) * depths
         if self.aux_loss_alpha and routings:
             out.losses["balance"] = sum(
-                sequence_balance_loss(r.scores, self.config.num_experts_per_tok, self.aux_loss_alpha)
+                balance_loss(
+                    r.scores, self.config.num_experts_per_tok, self.aux_loss_alpha, self.aux_loss_over
+                )
                 for r in routings
             )
             out.loss = out.loss + out.losses["balance"]

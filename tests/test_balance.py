@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3lib import ModelConfig
-from dsv3lib.errors import InputError
-from dsv3lib.layers.router import Router, route
-from dsv3lib.training.balance import domain_load, load_entropy, max_violation, update_bias
+from dsv3lib import DeepSeekV3, ModelConfig
+from dsv3lib.errors import ConfigError, InputError
+from dsv3lib.layers.router import Router, balance_loss, route
+from dsv3lib.training.balance import balance_settings, domain_load, load_entropy, max_violation, update_bias
+from dsv3lib.training.settings import TrainingConfig
 
 loads = st.lists(st.integers(0, 10_000), min_size=1, max_size=12)
 
@@ -120,3 +121,67 @@ def test_load_by_domain_adds_up_and_knows_who_went_where():
     assert load[:, 1].tolist() == [[0] * 4, [0] * 4]
     assert load[:, 2].tolist() == [[2, 1, 1, 0], [0, 0, 0, 0]]
     assert torch.equal(load.sum(0)[0], torch.bincount(indices.flatten(), minlength=4))
+
+
+@pytest.mark.parametrize(
+    ("way", "speed", "alpha", "over"),
+    [("none", 0.0, 0.0, "sequence"), ("sequence", 0.0, 1e-3, "sequence"), ("batch", 0.0, 1e-3, "batch"),
+     ("bias", 1e-3, 0.0, "sequence")],
+)  # fmt: skip
+def test_each_way_balances_by_one_means_alone(way, speed, alpha, over):
+    settings = TrainingConfig(steps=1, **balance_settings(way))
+    assert (settings.bias_speed, settings.aux_loss_alpha, settings.aux_loss_over) == (speed, alpha, over)
+
+
+def test_a_number_that_a_way_has_no_use_for_is_refused():
+    assert balance_settings("bias", 0.5, 0.25) == {
+        "bias_speed": 0.5, "aux_loss_alpha": 0.25, "aux_loss_over": "sequence"
+    }  # fmt: skip
+    for way, speed, alpha in (("none", 0.1, None), ("none", None, 0.1), ("sequence", 0.1, None)):
+        with pytest.raises(ConfigError, match="has no use for it"):
+            balance_settings(way, speed, alpha)
+    with pytest.raises(ConfigError, match="balance: 'prayer', expected one of none, sequence, batch, bias"):
+        balance_settings("prayer")
+    with pytest.raises(ConfigError, match="bias_speed: -1"):
+        TrainingConfig(steps=1, **balance_settings("bias", speed=-1.0))
+    with pytest.raises(ConfigError, match="aux_loss_over: 'layer', expected sequence or batch"):
+        TrainingConfig(steps=1, aux_loss_over="layer")
+
+
+def test_a_batch_of_one_sided_sequences_is_unbalanced_by_sequence_and_balanced_by_batch():
+    """Two sequences that each want other experts: only the sequence-wise loss minds."""
+    scores = torch.full((2, 4, 4), 0.1)
+    scores[0, :, :2], scores[1, :, 2:] = 0.9, 0.9
+    by_sequence, by_batch = (balance_loss(scores, 2, 1.0, over).item() for over in ("sequence", "batch"))
+    assert by_batch == pytest.approx(1.0)
+    assert by_sequence == pytest.approx(1.8)  # f = 2 on two experts that hold 0.45 of the affinity each
+
+
+@pytest.mark.parametrize("over", ["sequence", "batch"])
+def test_gradient_of_the_auxiliary_loss_in_fp64(over):
+    """f is a count, so it has no gradient: finite differences see P alone while no choice changes."""
+    scores = torch.rand(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: balance_loss(s, 2, 0.5, over), (scores,), eps=1e-7)
+
+
+def test_recomputation_does_not_count_the_load_twice():
+    config = ModelConfig.preset("nano")
+    ids = torch.arange(12).view(2, 6)
+    loads = []
+    for recompute in (False, True):
+        model = DeepSeekV3(config, torch.Generator().manual_seed(0), recompute=recompute)
+        seen = _visits_routed(model)
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        loads.append(out.expert_load)
+        assert sum(seen) == int(out.expert_load.sum()), "backward must not route again"
+    assert torch.equal(*loads)
+    assert loads[0].sum(1).tolist() == [2 * 6 * 2, 2 * 6 * 2, 2 * 5 * 2]  # the MTP module sees one token less
+
+
+def _visits_routed(model):
+    """A list that grows by the number of visits whenever a router is called."""
+    seen = []
+    for router in model.routers():
+        router.register_forward_hook(lambda _module, _inputs, out: seen.append(out[0].numel()))
+    return seen

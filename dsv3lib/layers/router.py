@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..errors import InputError
 
 
 def route(
@@ -33,7 +34,16 @@ def route(
 
     Returns:
         indices, Int64, best first; and weights, FP32, in the same order.
+
+    Raises:
+        InputError: a score is NaN, which would be chosen first by every sort (seen on the CPU alone; to ask
+            a GPU would stall it).
     """
+    if scores.device.type == "cpu" and torch.isnan(scores.sum()):
+        raise InputError(
+            f"scores: {int(scores.isnan().sum())} of {scores.numel()} are NaN, expected affinities in [0, 1]; "
+            "the hidden state or the router's weight is spoilt"
+        )
     chosen_by = scores + bias
     if config.n_group > 1:
         grouped = chosen_by.unflatten(-1, (config.n_group, -1))
@@ -75,6 +85,21 @@ def sequence_balance_loss(
     f_BE = chosen.sum(-2) * (n_experts / (experts_per_token * n_tokens))
     p_BE = (scores / scores.sum(-1, keepdim=True)).mean(-2)
     return alpha * (f_BE * p_BE).sum(-1).mean()
+
+
+def balance_loss(
+    scores: Float[Tensor, "B T E"], experts_per_token: int, alpha: float, over: str
+) -> Float[Tensor, ""]:
+    """The auxiliary loss over each sequence, or over the whole batch as if it were one (§4.5.3).
+
+    The batch-wise form asks for less: one sequence may be all code, as long as the batch is mixed.
+
+    Args:
+        scores, experts_per_token, alpha: as in ``sequence_balance_loss``. over: "sequence" or "batch".
+    """
+    if over == "batch":
+        scores = scores.flatten(0, 1)[None]
+    return sequence_balance_loss(scores, experts_per_token, alpha)
 
 
 class Router(nn.Module):

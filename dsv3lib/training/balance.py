@@ -1,4 +1,4 @@
-"""Load balancing without an auxiliary loss: the bias update of DeepSeek-V3 and the measures of imbalance.
+"""Load balancing: the four ways to do it, the bias update of DeepSeek-V3, and the measures of imbalance.
 
 The router picks experts by score *plus bias*. After each training step every expert's bias moves by a fixed
 speed γ: down where the expert had more tokens than the mean, up where it had fewer (paper §2.1.2). Only the
@@ -9,13 +9,57 @@ gate value and never sees a gradient: it is a thermostat beside the model, not a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
+
+WAYS: Mapping[str, str] = MappingProxyType(
+    {
+        "none": "nothing balances",
+        "sequence": "auxiliary loss over each sequence",
+        "batch": "auxiliary loss over the whole batch",
+        "bias": "bias, no auxiliary loss",
+    }
+)
+"""The ways to balance that the paper sets side by side (§4.5.2 and §4.5.3), in words."""
+
+DEFAULT_SPEED = 1e-3
+"""γ, the paper's (§4.2)."""
+DEFAULT_ALPHA = 1e-3
+"""α where the loss alone must balance. V3's own 1e-4 only complements the bias; ten times that is still mild."""
+
+
+def balance_settings(way: str, speed: float | None = None, alpha: float | None = None) -> dict[str, Any]:
+    """The fields of ``TrainingConfig`` that make a run balance in one of the four ways and in no other.
+
+    Args:
+        way: one of ``WAYS``.
+        speed: γ, for "bias" alone. alpha: α, for "sequence" and "batch"; beside "bias" it is V3's own
+            recipe, a weak sequence-wise loss beside the bias.
+
+    Raises:
+        ConfigError: no such way, or a number that this way has no use for.
+    """
+    if way not in WAYS:
+        raise ConfigError(f"balance: {way!r}, expected one of {', '.join(WAYS)}")
+    for name, value, users in (
+        ("bias_speed", speed, ("bias",)),
+        ("aux_loss_alpha", alpha, ("sequence", "batch", "bias")),
+    ):
+        if value is not None and way not in users:
+            raise ConfigError(f"{name}: {value!r} given, but balance is {way!r}, which has no use for it")
+    by_loss = DEFAULT_ALPHA if way in ("sequence", "batch") else 0.0
+    return {
+        "bias_speed": (DEFAULT_SPEED if speed is None else speed) if way == "bias" else 0.0,
+        "aux_loss_alpha": by_loss if alpha is None else alpha,
+        "aux_loss_over": "batch" if way == "batch" else "sequence",
+    }
 
 
 @torch.no_grad()

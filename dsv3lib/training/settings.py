@@ -49,7 +49,8 @@ class TrainingConfig:
         bf16_moments: keep AdamW's moments in BF16 as the paper does (§3.3.3); FP32 where memory is no worry.
         mtp_loss_weight, mtp_loss_weight_late: λ before and after the constant phase ends (0.3, 0.1).
         bias_speed: γ, until the cosine ends (0.001), 0 from then on.
-        aux_loss_alpha: α of the sequence-wise balance loss (0.0001); ``None`` leaves the model's own.
+        aux_loss_alpha: α of the auxiliary balance loss (0.0001); ``None`` leaves the model's own.
+        aux_loss_over: what that loss asks to be balanced, each "sequence" (the paper's choice) or the "batch".
         ema_decay: of the averaged weights on the CPU; 0 keeps none.
         checkpoint_every: steps between checkpoints; ``None`` saves at the start and the end only.
         keep_checkpoints: how many of the latest are kept.
@@ -85,6 +86,7 @@ class TrainingConfig:
     mtp_loss_weight_late: Number = 0.1
     bias_speed: Number = 1e-3
     aux_loss_alpha: Number | None = None
+    aux_loss_over: str = "sequence"
     ema_decay: Number = 0.99
     checkpoint_every: int | None = 100
     keep_checkpoints: int = 2
@@ -140,6 +142,8 @@ class TrainingConfig:
             _require(_number(value) and 0 <= value <= 1, name, value, "between 0 and 1")
         total = sum(getattr(self, name) for name in shares)
         _require(total <= 1 + 1e-12, " + ".join(shares), total, "at most 1 (they are shares of one run)")
+        scopes = ("sequence", "batch")
+        _require(self.aux_loss_over in scopes, "aux_loss_over", self.aux_loss_over, " or ".join(scopes))
         _require(isinstance(self.bf16_moments, bool), "bf16_moments", self.bf16_moments, "true or false")
 
     def to_dict(self) -> dict[str, Any]:

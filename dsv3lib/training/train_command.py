@@ -19,6 +19,8 @@ from ..config import ModelConfig
 from ..errors import ConfigError, DataError
 from ..model import DeepSeekV3
 from . import run_folder
+from .balance import WAYS, balance_settings
+from .comparison import compare, comparison_table
 from .data import DEFAULT_FIM_RATE, PackedStream
 from .evaluate import Evaluation
 from .folder import open_domains
@@ -60,8 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--batch-size", type=int, help="sequences a step")
     recipe.add_argument("--learning-rate", type=float, help="the peak")
     recipe.add_argument("--warmup-steps", type=int, help="steps of linear rise")
+    recipe.add_argument(
+        "--balance", nargs="+", choices=tuple(WAYS), metavar="WAY",
+        help=f"how the experts' load is balanced: {', '.join(WAYS)} (V3's recipe: the bias, and a very weak "
+        "loss beside it); two or more are trained one after the other and compared",
+    )  # fmt: skip
     recipe.add_argument("--bias-speed", type=float, help="γ of the routers' bias (0.001); 0 switches it off")
-    recipe.add_argument("--aux-loss-alpha", type=float, help="α of the sequence-wise balance loss")
+    recipe.add_argument("--aux-loss-alpha", type=float, help="α of the balance loss")
     recipe.add_argument("--mtp-loss-weight", type=float, help="λ of the MTP loss (0.3)")
     recipe.add_argument("--seed", type=int, help="of weights and text (0)")
     run = parser.add_argument_group("run")
@@ -84,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         full.
     """
     console = Console(soft_wrap=True)
+    if len(args.balance or ()) > 1:
+        return _compare(args, console)
     trainer = _resumed(args) if args.resume else _begun(args, console)
     _introduce(console, trainer)
     end = trainer.run(callbacks=[_Lines(trainer)], progress=sys.stderr.isatty())
@@ -113,7 +122,17 @@ def _begun(args: argparse.Namespace, console: Console) -> Trainer:
     options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
     if not {"steps", "tokens", "minutes"} & options.keys():
         options["minutes"] = DEFAULT_MINUTES
+    if args.balance:
+        options |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
     config = TrainingConfig(**options)
+    model, stream, source = _model_and_text(args, config, console)
+    return Trainer(model, stream, config, out=out, source=source)
+
+
+def _model_and_text(
+    args: argparse.Namespace, config: TrainingConfig, console: Console
+) -> tuple[DeepSeekV3, PackedStream, dict[str, Any]]:
+    """A fresh model and a fresh stream of text, as the options say, and where the text came from."""
     model_config = (
         ModelConfig.from_json(args.config) if args.config else ModelConfig.preset(args.preset or "tiny")
     )
@@ -130,7 +149,42 @@ def _begun(args: argparse.Namespace, console: Console) -> Trainer:
         fim_rate=_or(args.fim_rate, DEFAULT_FIM_RATE),
     )  # fmt: skip
     model = _fresh_model(model_config.replace(vocab_size=tokenizer.vocab_size), config.seed, args.device)
-    return Trainer(model, stream, config, out=out, source=source)
+    return model, stream, source
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    """Train once in each way to balance, from the same weights on the same text; each run has its folder."""
+    if args.resume:
+        raise ConfigError("--balance: several ways are compared from the start, not with --resume; name one")
+    if args.minutes is not None or not (args.steps or args.tokens):
+        raise ConfigError(
+            "--balance: runs that are compared must be of equal length; give --steps or --tokens, not --minutes"
+        )
+    options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
+    speed, alpha = options.pop("bias_speed", None), options.pop("aux_loss_alpha", None)
+    out = Path(args.out or Path("runs") / f"{args.preset or 'tiny'}-balance")
+    config = TrainingConfig(**options)
+
+    def fresh() -> tuple[DeepSeekV3, PackedStream, dict[str, Any]]:
+        return _model_and_text(args, config, console)
+
+    ways = list(dict.fromkeys(args.balance))
+    for way in ways:
+        run_folder.refuse_existing(out / way)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def tell(way: str, record: Record) -> None:
+        every = max(1, (config.steps or _LINES) // _LINES)
+        if record["step"] % every == 0 or record["step"] == 1:
+            console.print(
+                f"{way:9} step {record['step']:>5} loss {record['losses']['main']:.3f}  "
+                f"MaxVio {max(record['max_violation'], default=0.0):.2f}", highlight=False,
+            )  # fmt: skip
+
+    outcomes = compare(fresh, config, ways, speed=speed, alpha=alpha, out=out, on_step=tell)
+    console.print(comparison_table(outcomes))
+    console.print(f"The runs are in {out}; look into one with: dsv3 watch {shlex.quote(str(out / ways[-1]))}")
+    return 0
 
 
 def _resumed(args: argparse.Namespace) -> Trainer:
@@ -143,6 +197,8 @@ def _resumed(args: argparse.Namespace) -> Trainer:
     given = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
     if {"steps", "tokens", "minutes"} & given.keys():
         given = {"steps": None, "tokens": None, "minutes": None, **given}
+    if args.balance:
+        given |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
     config = dataclasses.replace(config, **given)
     model_config = ModelConfig.from_dict(recorded["model"])
     if args.preset or args.config:

@@ -84,6 +84,7 @@ class Trainer:
         self._within_step = False
         if self.config.aux_loss_alpha is not None:
             model.aux_loss_alpha = self.config.aux_loss_alpha
+        model.aux_loss_over = self.config.aux_loss_over
         self.optimizer = AdamW(
             model.named_parameters(), self.config.beta1, self.config.beta2, self.config.epsilon,
             self.config.weight_decay, torch.bfloat16 if self.config.bf16_moments else torch.float32,
