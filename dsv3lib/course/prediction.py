@@ -6,7 +6,7 @@ Neither function ever waits: *Run All* passes through, and a prediction that was
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def predict(
     options: Sequence[str] | None = None,
     number: tuple[Number, Number] | tuple[Number, Number, str] | None = None,
 ) -> None:
-    """Ask for a prediction: radio buttons or a bounded number, and a button that commits it.
+    """Ask for a prediction: a button for each option, or a bounded number and a button that commits it.
 
     Args:
         key: ``"<lesson>.p<number>"``, as in ``"mla.p1"``; :func:`reveal` takes the same.
@@ -141,41 +141,65 @@ def _question(key: str, text: str, options: Sequence[str] | None, number: Any) -
 def _widget(asked: Question, kept: Any) -> dict[str, Any]:
     import ipywidgets
 
-    wide = ipywidgets.Layout(width="auto", max_width="46em")
     head = ipywidgets.HTML(card.card("plain", "Predict", card.words(asked.text)))
-    if asked.options:
-        entry = ipywidgets.RadioButtons(
-            options=asked.options, value=kept if kept in asked.options else None, layout=wide
-        )
-    else:
-        kind = ipywidgets.BoundedIntText if isinstance(asked.low, int) else ipywidgets.BoundedFloatText
-        start = kept if _is_number(kept) and asked.low <= kept <= asked.high else asked.low
-        entry = kind(
-            value=start,
-            min=asked.low,
-            max=asked.high,
-            description=asked.unit or "answer",
-            style={"description_width": "initial"},
-            layout=ipywidgets.Layout(width="20em"),
-        )
-    commit = ipywidgets.Button(
-        description="Commit", tooltip="Keep this prediction, then go on", button_style="primary"
-    )
     said = ipywidgets.HTML(_committed(asked, kept) if kept is not None else "")
 
-    def keep(_button: Any) -> None:
-        if entry.value is None:
-            said.value = card.words("Choose an answer first.")
-            return
+    def commit(answer: Any) -> None:
         trouble = learner().update(
-            "predictions", asked.key, answer=entry.value, unit=asked.unit, question=asked.text
+            "predictions", asked.key, answer=answer, unit=asked.unit, question=asked.text
         )
-        said.value = card.words(trouble) if trouble else _committed(asked, entry.value)
+        said.value = card.words(trouble) if trouble else _committed(asked, answer)
 
-    commit.on_click(keep)
-    box = ipywidgets.VBox([head, entry, ipywidgets.HBox([commit, said])])
+    entry = _option_buttons(asked, kept, commit) if asked.options else _number_entry(asked, kept, commit)
+    box = ipywidgets.VBox([head, entry, said])
     box.add_class("dsv3-predict")
     return card.view_of(box)
+
+
+def _option_buttons(asked: Question, kept: Any, commit: Callable[[Any], None]) -> Any:
+    """One button an option. Radio buttons would need the arrow keys, which JupyterLab keeps for itself."""
+    import ipywidgets
+
+    wide = {"width": "auto", "max_width": "46em", "min_width": "16em", "height": "auto"}
+    buttons = {
+        option: ipywidgets.Button(
+            description=option, tooltip=f"Predict: {option}", layout=ipywidgets.Layout(**wide)
+        )
+        for option in asked.options
+    }
+
+    def mark(chosen: Any) -> None:
+        for option, button in buttons.items():
+            button.icon = "check" if option == chosen else ""
+            button.button_style = "primary" if option == chosen else ""
+
+    def choose(button: Any) -> None:
+        mark(button.description)
+        commit(button.description)
+
+    for button in buttons.values():
+        button.on_click(choose)
+    mark(kept)
+    return ipywidgets.VBox(list(buttons.values()), layout=ipywidgets.Layout(align_items="flex-start"))
+
+
+def _number_entry(asked: Question, kept: Any, commit: Callable[[Any], None]) -> Any:
+    import ipywidgets
+
+    kind = ipywidgets.BoundedIntText if isinstance(asked.low, int) else ipywidgets.BoundedFloatText
+    number = kind(
+        value=kept if _is_number(kept) and asked.low <= kept <= asked.high else asked.low,
+        min=asked.low,
+        max=asked.high,
+        description=asked.unit or "answer",
+        style={"description_width": "initial"},
+        layout=ipywidgets.Layout(width="16em"),
+    )
+    button = ipywidgets.Button(
+        description="Commit", tooltip="Keep this prediction, then go on", button_style="primary"
+    )
+    button.on_click(lambda _button: commit(number.value))
+    return ipywidgets.HBox([number, button])
 
 
 def _committed(asked: Question, answer: Any) -> str:

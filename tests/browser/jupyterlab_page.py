@@ -22,6 +22,8 @@ CHROMIUM_FLAGS = [
     "--disable-dev-shm-usage",
 ]
 VIEWPORT = {"width": 1280, "height": 800}
+PATIENCE_S = 180.0
+"""How long anything may take: a busy machine of two cores starts JupyterLab, a kernel and torch in a minute."""
 
 _PANEL = "const panel = window.jupyterapp.shell.currentWidget; const cells = panel.content.model.cells;"
 _IDLE = f"""() => {{
@@ -46,14 +48,15 @@ class LabPage:
     def __init__(self, page: Page, server: LabServer) -> None:
         self.page = page
         self.server = server
+        page.set_default_timeout(PATIENCE_S * 1000)
 
-    def open_notebook(self, notebook: str, timeout_s: float = 60) -> None:
+    def open_notebook(self, notebook: str, timeout_s: float = PATIENCE_S) -> None:
         """Open a notebook (its path from the server's root) and wait until its kernel is idle."""
-        self.page.goto(self.server.address(notebook))
+        self.page.goto(self.server.address(notebook), wait_until="commit", timeout=timeout_s * 1000)
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=timeout_s * 1000)
         self.wait_idle(timeout_s)
 
-    def wait_idle(self, timeout_s: float = 60) -> None:
+    def wait_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until the kernel is there and idle."""
         self.page.wait_for_function(_IDLE, timeout=timeout_s * 1000)
 
@@ -64,7 +67,7 @@ class LabPage:
             [name, arguments],
         )
 
-    def run_all(self, timeout_s: float = 120) -> None:
+    def run_all(self, timeout_s: float = PATIENCE_S) -> None:
         """Clear, run all cells, and wait until each non-empty code cell has a count and the kernel rests."""
         self.command("notebook:clear-all-cell-outputs")
         # Not awaited: it may take longer than one evaluation may.
@@ -72,7 +75,7 @@ class LabPage:
         self.page.wait_for_function(_COUNTED, timeout=timeout_s * 1000)
         self.wait_idle(timeout_s)
 
-    def run_cell(self, index: int, timeout_s: float = 60) -> None:
+    def run_cell(self, index: int, timeout_s: float = PATIENCE_S) -> None:
         """Run one cell, by its place in the notebook, and wait until it is done."""
         before = self.count_of(index)
         self._activate(index)
@@ -104,9 +107,7 @@ class LabPage:
 
     def outputs(self, index: int) -> list[dict]:
         """Return a cell's outputs from the model, as in a notebook file."""
-        return self.page.evaluate(
-            f"(i) => {{ {_PANEL} return cells.get(i).outputs.toJSON(); }}", index
-        )
+        return self.page.evaluate(f"(i) => {{ {_PANEL} return cells.get(i).outputs.toJSON(); }}", index)
 
     def errors(self) -> list[str]:
         """Return every error output of the notebook as ``cell: name: value``."""
@@ -154,7 +155,7 @@ class LabPage:
         """Return the source of the first picture under a cell."""
         return self.cell(index).locator(".jp-OutputArea img").first.get_attribute("src") or ""
 
-    def wait_picture_changes(self, index: int, before: str, timeout_s: float = 10) -> str:
+    def wait_picture_changes(self, index: int, before: str, timeout_s: float = PATIENCE_S) -> str:
         """Wait until the picture under a cell is another than ``before``; return it."""
         self.page.wait_for_function(
             "([i, before]) => { const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i];"
@@ -171,6 +172,66 @@ class LabPage:
             "panel.content.mode = 'command'; panel.content.node.focus(); }",
             index,
         )
+
+    def picture_alt(self, index: int) -> str:
+        """Return the alt text of the first picture under a cell."""
+        return self.cell(index).locator(".jp-OutputArea img").first.get_attribute("alt") or ""
+
+    def wait_text(self, index: int, text: str, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until a learner reads ``text`` under a cell."""
+        self.page.wait_for_function(
+            "([i, text]) => { const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i];"
+            "return cell && cell.querySelector('.jp-OutputArea').innerText.includes(text); }",
+            arg=[index, text],
+            timeout=timeout_s * 1000,
+        )
+
+    def select(self, index: int) -> None:
+        """Make a cell the active one, in command mode, with the focus on it."""
+        self.cell(index).scroll_into_view_if_needed()
+        self._activate(index)
+
+    def tab_to(self, selector: str, most: int = 30) -> None:
+        """Press Tab until the focus is on an element that matches; fail after ``most`` presses."""
+        for _ in range(most):
+            self.page.keyboard.press("Tab")
+            if self.page.evaluate("(s) => Boolean(document.activeElement.matches(s))", selector):
+                return
+        focus = self.page.evaluate("() => document.activeElement.outerHTML.slice(0, 200)")
+        raise AssertionError(f"{most} presses of Tab do not reach {selector}; the focus is on {focus}")
+
+    def text_colours(self, selector: str) -> list[tuple[str, str, str]]:
+        """Return (colour, background, words) of every text inside the matching elements."""
+        return [
+            tuple(found)
+            for found in self.page.evaluate(
+                """(selector) => {
+                  const ground = (e) => {
+                    for (; e; e = e.parentElement) {
+                      const colour = getComputedStyle(e).backgroundColor;
+                      if (colour !== 'transparent' && !colour.endsWith(', 0)')) return colour;
+                    }
+                    return 'rgb(255, 255, 255)';
+                  };
+                  const found = [];
+                  for (const card of document.querySelectorAll(selector)) {
+                    const walk = document.createTreeWalker(card, NodeFilter.SHOW_TEXT);
+                    while (walk.nextNode()) {
+                      const words = walk.currentNode.textContent.trim();
+                      const holder = walk.currentNode.parentElement;
+                      if (words) found.push([getComputedStyle(holder).color, ground(holder), words]);
+                    }
+                  }
+                  return found;
+                }""",
+                selector,
+            )
+        ]
+
+    def close(self) -> None:
+        """Shut the notebook's kernel down, so that kernels do not pile up, and close the page."""
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        self.page.close(run_before_unload=False)
 
     def screenshot(self, path: Path) -> None:
         """Keep a picture of what the learner sees."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from dsv3lib.course.record import VARIABLE
 
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
-START_SECONDS = 60
-STOP_SECONDS = 15
+START_SECONDS = 180
+STOP_SECONDS = 30
 
 _ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
 
