@@ -1,0 +1,247 @@
+"""``dsv3 generate``: lets a trained model write, token by token.
+
+A command stands on the top floor, with ``cli``: it may know of training's folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, InputError
+from ..model import DeepSeekV3
+from ..training.run_folder import MODEL_FOLDER
+from ..training.savepoint import latest_savepoint
+from .acceptance import SpeculationStatistics
+from .generate import stream
+from .request import Request
+from .sampling import Sampler
+from .speculative import speculate
+from .text_stream import TextStream
+
+RUNS = "runs"  # where ``dsv3 train`` puts its runs
+DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 200, 0.7, 0.95
+_TOKENIZER = "tokenizer.json"
+_KEPT_CONTROLS = "\n\t"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT_FOLDER",
+        help=f"a model's folder, or a run's (the newest run under {RUNS}/)",
+    )  # fmt: skip
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        metavar="N",
+        help="at most so many (%(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=DEFAULT_TEMPERATURE, help="0 takes the likeliest (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=DEFAULT_TOP_P,
+        help="share of probability that is sampled from (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
+    parser.add_argument(
+        "--speculative", action="store_true", help="the MTP modules draft, the model verifies"
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="drafts a pass, with --speculative (one per MTP module)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the prompt and what follows it to the standard output, and a line of figures to the error stream.
+
+    Raises:
+        CheckpointError: the folder holds no whole model, or no tokenizer. InputError: a setting is out of range.
+    """
+    Sampler(args.temperature, args.top_p)  # refuses before a large model is read
+    if args.draft_tokens is not None and not args.speculative:
+        raise InputError(f"--draft-tokens: {args.draft_tokens} given without --speculative; pass both")
+    generator = _generator(args.device, args.seed)
+    folder = find_checkpoint(args.checkpoint)
+    tokenizer = read_tokenizer(folder)
+    model = DeepSeekV3.from_pretrained(folder, device=generator.device.type)
+    ids = encode_prompt(tokenizer, args.prompt, model.config).to(generator.device)
+    statistics = SpeculationStatistics() if args.speculative else None
+    settings = {
+        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
+        "generator": generator,
+    }  # fmt: skip
+    pieces = (
+        _stream(model, ids, settings)
+        if statistics is None
+        else _rounds(model, ids, settings, args.draft_tokens, statistics)
+    )
+    count, seconds = _write(args.prompt, pieces, TextStream(tokenizer))
+    _conclude(count, seconds, statistics)
+    return 0
+
+
+def _stream(model: DeepSeekV3, ids: torch.Tensor, settings: dict) -> Iterator[list[int]]:
+    return (tokens.tolist() for tokens in stream(model, ids, **settings))
+
+
+def _rounds(
+    model: DeepSeekV3, ids: torch.Tensor, settings: dict, draft_tokens: int | None,
+    statistics: SpeculationStatistics,
+) -> Iterator[list[int]]:  # fmt: skip
+    request = Request.of(model, ids, **settings)
+    return (round_.tokens[0] for round_ in speculate(model, request, draft_tokens, statistics))
+
+
+# ---- what is read ----------------------------------------------------------------------------------------
+
+
+def find_checkpoint(place: str | Path | None) -> Path:
+    """The model's folder at ``place``: itself, or of a run the finished model, else the newest save point.
+
+    Args:
+        place: by default the run under ``runs/`` that has saved last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if place is None:
+        found = [c for run in Path(RUNS).glob("*") if (c := _checkpoint_in(run)) is not None]
+        if not found:
+            raise CheckpointError(
+                f"no folder was given, and {RUNS}/ holds no trained model; train one: dsv3 train --minutes 2"
+            )
+        return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
+    place = Path(place)
+    found = _checkpoint_in(place)
+    if found is not None:
+        return found
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: there is no such folder; expected a model's or a run's")
+    if (place / "run.json").is_file():
+        raise CheckpointError(
+            f"{place}: this run has no save point yet; go on with it: dsv3 train --resume {place}"
+        )
+    held = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
+    raise CheckpointError(f"{place}: holds no model (no config.json) and is no run; it holds {held}")
+
+
+def _checkpoint_in(place: Path) -> Path | None:
+    candidates = (place, place / MODEL_FOLDER, latest_savepoint(place))
+    return next((c for c in candidates if c is not None and (c / "config.json").is_file()), None)
+
+
+def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer beside a model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = folder / _TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: the model has no tokenizer, so its tokens mean no text; copy the {_TOKENIZER} that it was "
+            "trained with into its folder"
+        )
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
+        raise CheckpointError(f"{path}: is not a tokenizer of the `tokenizers` library: {error}") from error
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, config: ModelConfig) -> torch.Tensor:
+    """The prompt's tokens, [1, T], behind the token that begins a text.
+
+    Special tokens that the prompt spells out, such as those of fill-in-the-middle, are taken as such.
+
+    Raises:
+        InputError: it is no text, or has no token. CheckpointError: the tokenizer is not this model's.
+    """
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"{_TOKENIZER}: has {size} tokens, the model's vocab_size is {config.vocab_size}; they were not trained "
+            "together"
+        )
+    try:
+        ids = tokenizer.encode(prompt).ids
+    except (UnicodeEncodeError, TypeError) as error:
+        raise InputError(
+            f"--prompt: {ascii(prompt)} is no text in this terminal's encoding; use UTF-8"
+        ) from error
+    if config.bos_token_id is not None and ids[:1] != [config.bos_token_id]:
+        ids = [config.bos_token_id, *ids]
+    if not ids:
+        raise InputError(
+            "--prompt: is empty, and the model knows no token that begins a text; give some words"
+        )
+    return torch.tensor([ids])
+
+
+def _generator(device: str | None, seed: int) -> torch.Generator:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.Generator(device).manual_seed(seed)
+    except ValueError as error:
+        raise InputError(f"--seed: {seed}, expected an integer in [-2^63, 2^64)") from error
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown or missing device
+        raise InputError(f"--device: {device!r} cannot be used ({error}); expected cpu or cuda") from error
+
+
+# ---- what is written -------------------------------------------------------------------------------------
+
+
+def _write(prompt: str, pieces: Iterator[list[int]], text: TextStream) -> tuple[int, float]:
+    """Print the text as it comes; returns tokens and seconds. The last line is ended, come what may."""
+    out = sys.stdout
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the text
+
+    def show(piece: str) -> None:
+        out.write(without_controls(piece) if out.isatty() else piece)
+        out.flush()
+
+    count, started = 0, time.perf_counter()
+    try:
+        Console(file=out, soft_wrap=True, highlight=False).print(
+            Text(without_controls(prompt), style="dim"), end=""
+        )
+        for tokens in pieces:
+            count += len(tokens)
+            show(text.add(tokens))
+        show(text.finish())
+    finally:
+        seconds = time.perf_counter() - started
+        out.write("\n")
+        out.flush()
+    return count, seconds
+
+
+def without_controls(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but line ends and tabs become U+FFFD."""
+    return "".join(c if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+def _conclude(count: int, seconds: float, statistics: SpeculationStatistics | None) -> None:
+    line = f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} tokens/s"
+    if statistics is not None and statistics.passes:
+        line += f", {statistics.tokens_per_pass:.2f} tokens a pass"
+        if statistics.drafted:
+            line += f", {statistics.acceptance:.0%} of {sum(statistics.drafted)} drafts accepted"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style="dim"))
