@@ -75,7 +75,9 @@ def constraints() -> list[Requirement]:
 
 def tracked() -> list[Path]:
     """Every file that git tracks, or would on the next `git add`."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    # safe.directory: a checkout may belong to somebody else than the root who tests it
+    anyones = ["-c", "safe.directory=*"]
+    command = ["git", *anyones, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout.decode()
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
@@ -157,6 +159,36 @@ def test_no_file_names_a_registry_or_a_machine():
 def test_the_search_finds_what_it_looks_for(text):
     assert offences(text)
     assert not offences("a plain sentence about networks and working paths/in/a/project")
+
+
+def links(text: str) -> set[str]:
+    """The relative addresses that a Markdown text links to."""
+    return {address for address in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in address}
+
+
+def test_the_readme_lists_the_notebooks_that_there_are():
+    there = {
+        f"notebooks/{path.stem}.ipynb" for path in (ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py")
+    }
+    listed = {
+        address for address in links((ROOT / "README.md").read_text()) if address.startswith("notebooks/")
+    }
+    assert listed == there, "the course's table in README.md needs one row for each notebook, and no other"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_other_link_leads_somewhere(name):
+    text = (ROOT / name).read_text()
+    pages = [address for address in links(text) if not address.endswith(".ipynb")]
+    assert not [address for address in pages if not (ROOT / address).exists()]
+
+
+def test_links_are_found():
+    assert links("[a](b/c.md) ![x](d.svg) [web](https://x.y) [part](e.md#part)") == {
+        "b/c.md",
+        "d.svg",
+        "e.md",
+    }
 
 
 def test_the_licence_is_whole():
@@ -304,6 +336,17 @@ def test_a_failing_phase_fails_the_run(monkeypatch, capsys):
     assert re.search(r"one +FAILED", shown) and re.search(r"two +passed.* 3 passed", shown)
     assert run_tests.main(["two"]) == 0
     assert run_tests.main(["three"]) == 2
+
+
+def test_the_notebooks_phase_leaves_the_learners_progress_alone(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import run_tests
+
+    from dsv3lib.course import record
+
+    monkeypatch.setenv(record.VARIABLE, "mine.json")
+    assert run_tests.environment("unit", tmp_path)[record.VARIABLE] == "mine.json"
+    assert Path(run_tests.environment("nbval", tmp_path)[record.VARIABLE]).parent == tmp_path
 
 
 def test_every_phase_is_there(monkeypatch):

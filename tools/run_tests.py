@@ -10,6 +10,7 @@ time with one thread each, which suits two cores and keeps results independent o
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,14 +36,23 @@ def phases() -> dict[str, list[str]]:
     return commands
 
 
-def run(command: Sequence[str]) -> tuple[int, str]:
+def environment(phase: str, scratch: Path) -> dict[str, str]:
+    """Returns the environment of a phase; the notebooks get one that leaves the learner's own progress alone."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if phase == "nbval":
+        from dsv3lib.course.notebooks import environment as of_notebooks
+
+        variables |= of_notebooks(scratch) | {"OMP_NUM_THREADS": "1"}
+    return variables
+
+
+def run(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
     """Runs a command with its output shown as it comes; returns its exit status and its last line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     last = ""
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,7 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     for name, command in commands.items():
         print(f"\n== {name}: {' '.join(['python', *command[1:]])}", flush=True)
         started = time.monotonic()
-        status, last = run(command)
+        with tempfile.TemporaryDirectory(prefix="dsv3-tests-") as scratch:
+            status, last = run(command, environment(name, Path(scratch)))
         failed |= status != 0
         mark = "passed" if status == 0 else "FAILED"
         summary.append(f"{name:8} {mark}  {time.monotonic() - started:6.0f} s  {last}")
