@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jupyterlab_server import LabServer
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, TimeoutError
 
 CHROMIUM_FLAGS = [
     "--headless",
@@ -176,6 +176,22 @@ class LabPage:
     def picture_alt(self, index: int) -> str:
         """Return the alt text of the first picture under a cell."""
         return self.cell(index).locator(".jp-OutputArea img").first.get_attribute("alt") or ""
+
+    def picture_changed(self, index: int, before: str, within_s: float = 2) -> bool:
+        """Return whether the picture under a cell becomes another than ``before`` within a while."""
+        try:
+            self.wait_picture_changes(index, before, within_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def cells_with(self, selector: str) -> list[int]:
+        """Return the places of the cells that show something that matches."""
+        return self.page.evaluate(
+            "(s) => Array.from(document.querySelectorAll('.jp-Notebook .jp-Cell'))"
+            ".map((cell, i) => cell.querySelector(s) ? i : -1).filter((i) => i >= 0)",
+            selector,
+        )
 
     def wait_text(self, index: int, text: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until a learner reads ``text`` under a cell."""
