@@ -27,6 +27,11 @@ _CARD = (
     "line-height:1.5;max-width:46em;margin:.3em 0;padding:.5em .9em;"
     "border:1px solid var(--jp-border-color2, #bdbdbd);border-left-width:5px;border-radius:3px;"
 )
+_NOTE = (
+    "color:var(--jp-content-font-color1, inherit);white-space:pre-line;max-width:46em;padding:.1em .9em;"
+    "font-family:var(--jp-content-font-family, sans-serif);font-size:var(--jp-content-font-size1, 14px);"
+    "line-height:1.5;border-left:5px solid var(--jp-border-color2, #bdbdbd);"
+)
 _CODE = (
     "display:block;white-space:pre;overflow-x:auto;margin:.4em 0;padding:.5em .7em;"
     "font-family:var(--jp-code-font-family, monospace);font-size:var(--jp-code-font-size, 13px);"
@@ -125,5 +130,5 @@ def measured(text: str) -> None:
     The notebook tests compare every other output word for word; this one they replace before comparing
     (``tests/notebooks/sanitize.cfg``), so nothing else may hold a time.
     """
-    body = f'<div class="dsv3-measured" role="note" style="{_CARD}">{inline(text)}<!--/measured--></div>'
+    body = f'<div class="dsv3-measured" role="note" style="{_NOTE}">{inline(text)}<!--/measured--></div>'
     show(body, "\n".join(f"measured | {part}" for part in text.splitlines()))

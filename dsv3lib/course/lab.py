@@ -93,6 +93,8 @@ def lab_command(course: Path, browser: bool = True, port: int | None = None) -> 
         "--ip=127.0.0.1",
         f"--ServerApp.root_dir={course}",
         f"--LabApp.default_url=/lab/tree/{NOTEBOOKS}/{FIRST}",
+        # With jupytext's extension, a learner's answers would be saved into the lessons' sources too.
+        "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}",
     ]
     command += [] if browser else ["--no-browser"]
     # In a container the learner is root, which JupyterLab refuses by default; token and loopback stay.
