@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import ModelConfig
-from .errors import ContextLengthError, InputError
+from .inputs import IGNORED, check_inputs
 from .layers.attention import Step
 from .layers.block import Block
 from .layers.cache import LatentCache
@@ -33,7 +33,6 @@ from .layers.router import Router, balance_loss
 if TYPE_CHECKING:
     from .inference.acceptance import SpeculationStatistics
 
-IGNORED = -100  # a label that is no target
 PARTS = (
     "embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router", "norms", "mtp",
 )  # fmt: skip
@@ -146,7 +145,8 @@ class DeepSeekV3(nn.Module):
         Args:
             input_ids: token ids. labels: the same ids, with -100 where there is no target; shifted here.
             cache: holds the tokens before these and takes these in.
-            lengths: valid tokens per row where rows end early (right padding); later positions are garbage.
+            lengths: valid tokens per row where rows end early (right padding); later positions are garbage,
+                and no targets.
             document_ids: which document a token is of, for packed sequences: a target in another document
                 is no target, at no depth. Attention does cross borders, as in training V3 (§4.1).
             return_mtp: run the MTP chain without labels too.
@@ -156,7 +156,10 @@ class DeepSeekV3(nn.Module):
             ContextLengthError: the sequence is longer than ``max_position_embeddings``.
             CacheError: the cache belongs to another batch or model.
         """
-        self._check(input_ids, labels, cache, lengths, document_ids)
+        check_inputs(self.config, input_ids, labels, cache, lengths, document_ids)
+        if labels is not None and lengths is not None:
+            padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.to(labels.device)[:, None]
+            labels = labels.masked_fill(padding, IGNORED)
         step = self.begin(input_ids, cache, lengths)
         with nullcontext() if step.recipes is None else step.recipes.saving():
             return self._forward(input_ids, labels, document_ids, return_mtp, step)
@@ -240,52 +243,6 @@ class DeepSeekV3(nn.Module):
                 for r in routings
             )
             out.loss = out.loss + out.losses["balance"]
-
-    def _check(
-        self, input_ids: Tensor, labels: Tensor | None, cache: LatentCache | None, lengths: Tensor | None,
-        document_ids: Tensor | None,
-    ) -> None:  # fmt: skip
-        vocab, limit = self.config.vocab_size, self.config.max_position_embeddings
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise InputError(
-                f"input_ids: shape {tuple(input_ids.shape)}, expected [batch, tokens], neither of them 0"
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids: dtype {input_ids.dtype}, expected integers")
-        if input_ids.shape[1] > limit:
-            raise ContextLengthError(
-                f"input_ids: {input_ids.shape[1]} tokens, max_position_embeddings is {limit}; shorten the input"
-            )
-        if input_ids.device.type != "cpu":
-            return  # reading values would stall the device; the embedding reports an id out of range there
-        low, high = (int(v) for v in input_ids.aminmax())
-        if low < 0 or high >= vocab:
-            raise InputError(f"input_ids: holds {low if low < 0 else high}, expected ids in [0, {vocab})")
-        for name, other in (("labels", labels), ("document_ids", document_ids)):
-            if other is not None and other.shape != input_ids.shape:
-                raise InputError(
-                    f"{name}: shape {tuple(other.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
-                )
-        if labels is not None:
-            if cache is not None:
-                raise InputError(
-                    "labels: a loss over cached tokens is not defined; pass the whole sequence without a cache"
-                )
-            wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab))]
-            if wrong.numel():
-                raise InputError(f"labels: holds {int(wrong[0])}, expected ids in [0, {vocab}) or {IGNORED}")
-        if lengths is not None:
-            fits = lengths.shape == input_ids.shape[:1] and bool(
-                ((lengths >= 0) & (lengths <= input_ids.shape[1])).all()
-            )
-            if not fits:
-                raise InputError(
-                    f"lengths: {lengths.tolist()}, expected one number in [0, {input_ids.shape[1]}] per row"
-                )
-        if cache is not None and cache.config.latent_dim != self.config.latent_dim:
-            raise InputError(
-                f"cache: made for {cache.config.latent_dim} values a token, the model has {self.config.latent_dim}"
-            )
 
     # ---- looking in ----------------------------------------------------------------------------------
 
@@ -383,7 +340,7 @@ def next_token_loss(
         Nats per target, at least FP32; 0 where there is no target at all.
     """
     n = max(labels.shape[1] - ahead, 0)
-    target = labels[:, ahead:]
+    target = labels[:, ahead:].long()
     if document_ids is not None:
         target = target.masked_fill(document_ids[:, ahead:] != document_ids[:, :n], IGNORED)
     logits = logits[:, :n].flatten(0, 1)

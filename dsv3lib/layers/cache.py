@@ -18,7 +18,7 @@ class LatentCache:
     """One buffer [B, capacity, C + R] per layer, doubled when full, so that a token is copied O(1) times.
 
     Rows may hold different numbers of tokens: row b holds positions 0 to ``lengths[b]`` - 1, and what lies
-    beyond is never read. The first call decides batch size, dtype and device.
+    beyond is never read. The first call decides batch size, dtype and device. No gradient flows through it.
 
     Args:
         config: the model's configuration.
@@ -67,21 +67,21 @@ class LatentCache:
             CacheError: another batch size than the cache was begun with.
             ContextLengthError: past ``max_position_embeddings``; nothing has been written.
         """
-        if self.lengths.numel() == 0:
-            self.lengths = torch.zeros(batch, dtype=torch.int64)
-        if self.lengths.numel() != batch:
+        before = self.lengths if self.lengths.numel() else torch.zeros(batch, dtype=torch.int64)
+        if before.numel() != batch:
             raise CacheError(
-                f"the cache holds {self.lengths.numel()} sequences, got a batch of {batch}; "
+                f"the cache holds {before.numel()} sequences, got a batch of {batch}; "
                 "pass the same batch or begin a new LatentCache"
             )
-        after = self.lengths + (new if lengths is None else lengths)
+        after = before + (new if lengths is None else lengths.cpu())
         longest = self._length + new if not self._ragged and lengths is None else int(after.max())
         if longest > self.config.max_position_embeddings:
             raise ContextLengthError(
                 f"the sequence would reach {longest} tokens, max_position_embeddings is "
                 f"{self.config.max_position_embeddings}; shorten the input or crop the cache"
             )
-        return self.lengths, after
+        self.lengths = before
+        return before, after
 
     def append(
         self, layer: int, latent: Float[Tensor, "B T latent"], lengths: Int[Tensor, " B"] | None = None
@@ -94,9 +94,10 @@ class LatentCache:
             lengths: valid tokens per row of ``latent``; ``None`` means all.
 
         Returns:
-            A view of the buffer, old tokens and new; past a row's own end it holds leftovers.
+            A view of the buffer, old tokens and new; past a row's own end it holds zeros or padding.
         """
-        batch, new, width = latent.shape
+        latent = latent.detach()
+        batch, new = latent.shape[:2]
         start = self._length
         end = start + new
         buffer = self._buffers[layer]
@@ -108,6 +109,10 @@ class LatentCache:
         rows = torch.arange(batch, device=latent.device)[:, None]
         columns = self.lengths.to(latent.device)[:, None] + torch.arange(new, device=latent.device)
         buffer[rows, columns] = latent
+        # Masked positions get a weight of 0, but 0 x NaN would still be NaN.
+        first = int(self.lengths.min()) + new
+        stale = torch.arange(first, end, device=latent.device) >= columns[:, -1:] + 1
+        buffer[:, first:end].masked_fill_(stale[..., None], 0.0)
         return buffer[:, :end]
 
     def advance(self, new: int, lengths: Int[Tensor, " B"] | None = None) -> None:
@@ -116,7 +121,7 @@ class LatentCache:
             self.lengths = self.lengths + new
             self._length += new
         else:
-            self._set_lengths(self.lengths + lengths)
+            self._set_lengths(self.lengths + lengths.cpu())
 
     def crop(self, length: int | Int[Tensor, " B"]) -> None:
         """Forget all tokens from position ``length`` on; an Int64 [B] gives each row its own.
@@ -142,8 +147,8 @@ class LatentCache:
             )
         capacity = max(needed, self._first_capacity, 0 if old is None else 2 * old.shape[1])
         capacity = max(needed, min(capacity, self.config.max_position_embeddings))
-        # Zeros, not empty: positions past a row's end are masked, but 0 x NaN would still be NaN.
-        buffer = like.new_zeros(like.shape[0], capacity, like.shape[2])
+        with torch.inference_mode(False):  # begun in inference mode, it may go on outside
+            buffer = torch.empty(like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=like.device)
         if old is not None:
             buffer[:, : old.shape[1]] = old
         self._buffers[layer] = buffer
