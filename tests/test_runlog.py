@@ -3,6 +3,7 @@
 import json
 import resource
 import threading
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -128,20 +129,26 @@ def test_following_gives_up_after_the_time_allowed(tmp_path):
     assert list(follow(path, poll_seconds=0.01, timeout_seconds=0.05)) == [HEADER]
 
 
-@pytest.fixture
-def files_may_grow_to():
-    """Lets no file of this process grow beyond some bytes: a real write that fails, as on a full disk."""
+@contextmanager
+def files_may_grow_to(size):
+    """Lets no file of this process grow beyond some bytes: a real write that fails, as on a full disk.
+
+    The limit ends inside the test: pytest writes its own report, perhaps to a file, before fixtures end.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, files_may_grow_to):
+def test_a_full_disk_leaves_whole_lines(tmp_path):
     log = RunLog(tmp_path / FILE_NAME)
     log.write(HEADER)
     log.write(step(1))
-    files_may_grow_to((tmp_path / FILE_NAME).stat().st_size + 10)  # room for a part of the next line
-    with pytest.raises(SaveError, match="no more can be logged"):
+    room = (tmp_path / FILE_NAME).stat().st_size + 10  # for a part of the next line
+    with files_may_grow_to(room), pytest.raises(SaveError, match="no more can be logged"):
         log.write(step(2))
     log.close()
     assert (tmp_path / FILE_NAME).read_bytes().endswith(b"\n")
