@@ -26,6 +26,7 @@ from .layers.cache import LatentCache
 from .layers.experts import MixtureOfExperts, Routing
 from .layers.mtp import MTPModule
 from .layers.norm import RMSNorm
+from .layers.one_token import OneToken, applies
 from .layers.recompute import Recipes, run
 from .layers.rope import RotaryEmbedding
 from .layers.router import Router, balance_loss
@@ -175,11 +176,14 @@ class DeepSeekV3(nn.Module):
         embeddings = self.model.embed_tokens(input_ids)
         x, routings = embeddings, []
         n_main = self.config.num_hidden_layers
-        for block in self.model.layers[:n_main]:
-            x, routing = block(x, step)
-            if routing is not None:
-                routings.append(routing)
-        hidden = run(step.recipes, self.model.norm, x)
+        blocks = self.model.layers[:n_main]
+        if applies(x, step, self.config):
+            hidden, routings = OneToken(self.config, step, x).forward(blocks, self.model.norm, x)
+        else:
+            for block in blocks:
+                x, routing = block(x, step)
+                routings += [] if routing is None else [routing]
+            hidden = run(step.recipes, self.model.norm, x)
         out = ModelOutput(self.lm_head(hidden), hidden, n_routed_experts=self.config.n_routed_experts)
         if step.cache is not None:
             step.cache.advance(input_ids.shape[1], step.lengths)
