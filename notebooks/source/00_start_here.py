@@ -274,8 +274,9 @@ bins = {7: "between 7 and 8", 6: "between 6 and 7", 5: "between 5 and 6"}
 reveal("start.p3", bins.get(int(final), "below 5"), because=f"The last steps average {final:.2f}.", varies=True)
 
 # %% [markdown]
-# The second curve belongs to the module that predicts one token further, which is harder (notebook 04). Below are texts that the model was not trained on, domain by domain. The measure is now *bits per byte*,
-# which can be compared between languages: eight means that nothing is known of a byte.
+# The second curve belongs to the module that predicts one token further, which is harder (notebook 04). Below are texts that
+# the model was not trained on, domain by domain. The measure is now *bits per byte*, which can be compared between
+# languages: eight means that nothing is known of a byte.
 
 # %%
 import numpy as np
@@ -294,7 +295,7 @@ assert FAST or all(after.domains[n].loss < before.domains[n].loss - 0.5 for n in
 # ## Let it write
 #
 # Half a minute on a laptop is not two months on two thousand GPUs, and you will see that. Look for what is there all the
-# same: code that looks like code, and languages that stay themselves.
+# same (indents, brackets, questions with numbers in them) and for what is not yet: does German stay German?
 
 # %%
 def write(prompt, tokens=40):
