@@ -54,7 +54,7 @@ def prompts(batch, width, seed=0, vocab=VOCAB):
     draft_tokens=st.one_of(st.none(), st.integers(1, 6)),
     noise=st.sampled_from([0.0, 0.05, 0.2, 1.0]),
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4),
-    new=st.integers(1, 10),
+    new=st.integers(1, 8),
     stops=st.lists(st.integers(0, VOCAB - 1), max_size=2),
     changes=st.sampled_from([
         {}, {"q_lora_rank": None}, {"first_k_dense_replace": 0}, {"first_k_dense_replace": 2},
@@ -119,7 +119,7 @@ def latents(cache, layers, row, length):
     return [cache._buffers[layer][row, :length] for layer in layers]
 
 
-@pytest.mark.parametrize("depth, draft_tokens", [(1, 4), (2, 2), (3, 2), (3, 5)])
+@pytest.mark.parametrize("depth, draft_tokens", [(1, 4), (2, 2), (3, 5)])
 def test_after_each_round_the_caches_hold_the_confirmed_tokens_and_no_draft(depth, draft_tokens):
     model = chain_model(depth, noise=0.15)
     lengths = torch.tensor([4, 1])
@@ -157,7 +157,7 @@ def test_after_each_round_the_caches_hold_the_confirmed_tokens_and_no_draft(dept
                 torch.testing.assert_close(window, hidden[0, length:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_drafts_are_what_the_training_time_chain_predicts(depth):
     """Cached and row by row in drafting; whole and uncached in training (`return_mtp`): the same tokens."""
     model = chain_model(depth, noise=0.15)
