@@ -155,10 +155,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
     assert [r["step"] for r in read_log(tmp_path).steps] == [1]
 
 
-def test_a_full_disk_leaves_the_old_file_when_it_is_replaced(tmp_path, files_may_grow_to):
+def test_a_full_disk_leaves_the_old_file_when_it_is_replaced(tmp_path):
     path = tmp_path / "run.json"
     write_whole(path, "old\n")
-    files_may_grow_to(100)
-    with pytest.raises(SaveError, match="is intact"):
+    with files_may_grow_to(100), pytest.raises(SaveError, match="is intact"):
         write_whole(path, "new" * 1000)
     assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
