@@ -115,5 +115,7 @@ def apply_rope(
     real = x if x.dtype == torch.float64 else x.float()
     real = real.reshape(*x.shape[:-1], -1, 2)
     if real.storage_offset() % 2 or any(step % 2 for step in real.stride()[:-1]):
-        real = real.clone(memory_format=torch.contiguous_format)  # sliced off at an odd place
+        # Sliced off at an odd place, where torch reads no complex numbers, forward or backward.
+        (a, b), cos, sin = real.unbind(-1), turns.real, turns.imag
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
     return torch.view_as_real(torch.view_as_complex(real) * turns).flatten(-2).to(x.dtype)
