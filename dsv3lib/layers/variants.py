@@ -8,12 +8,13 @@ rotary dimensions, values), so that the bytes can be compared.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import ConfigError
-from .attention import MultiHeadLatentAttention, Step, pad_values, scaled_attention
+from .attention import MultiHeadLatentAttention, Step
 from .cache import LatentCache
 from .rope import RotaryEmbedding, apply_rope
 
@@ -93,8 +94,9 @@ class GroupedQueryAttention(nn.Module):
             k, v = cache.append(k, v)
         repeats = self.config.num_attention_heads // self.kv_heads
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        v = pad_values(v, self.config.qk_head_dim)
-        heads = scaled_attention(q, k, v, None, self.config.softmax_scale)[..., : self.config.v_head_dim]
+        n_new, n_total = q.shape[2], k.shape[2]
+        mask = torch.ones(n_new, n_total, dtype=torch.bool, device=x.device).tril(n_total - n_new)
+        heads = F.scaled_dot_product_attention(q, k, v, mask, scale=self.config.softmax_scale)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def _turned(self, rows: Tensor, turns: Tensor) -> Tensor:
