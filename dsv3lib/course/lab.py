@@ -16,6 +16,7 @@ from pathlib import Path
 
 import dsv3lib
 from dsv3lib.errors import CourseError
+from dsv3lib.files import write_whole
 
 FIRST = "00_start_here.ipynb"
 NOTEBOOKS = "notebooks"
@@ -77,10 +78,7 @@ def set_language(language: str, settings: Path) -> Path:
     path = settings / LANGUAGE_SETTING
     present = _read_settings(path) if path.is_file() else {}
     present["locale"] = language.replace("-", "_")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(present, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(present, indent=2) + "\n")
     return path
 
 

@@ -27,6 +27,7 @@ from nbformat import NotebookNode
 
 from dsv3lib.course import inspection, pairing, record
 from dsv3lib.errors import CourseError, Dsv3Error
+from dsv3lib.files import write_whole
 
 CELL_TIMEOUT_SECONDS = 300
 _STAMPS = Path("build") / "notebooks"
@@ -197,7 +198,7 @@ def _make_all(root: Path, chosen: Sequence[str], whatever: bool) -> int:
             print(error, file=sys.stderr)
             failed += 1
             continue
-        pairing.write_whole(root / _STAMPS / stem, fingerprint(root, stem))
+        write_whole(root / _STAMPS / stem, fingerprint(root, stem))
         print(f"{stem}: executed in {time.monotonic() - started:.0f} s", flush=True)
         failed += _report({stem: check(root, stem)})
     return int(failed > 0)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import jupytext
@@ -18,6 +16,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from dsv3lib.errors import CourseError
+from dsv3lib.files import write_whole
 
 PERCENT = "py:percent"
 FORMATS = "notebooks///ipynb,notebooks/source///py:percent"
@@ -101,20 +100,6 @@ def write_source(book: NotebookNode, path: Path) -> None:
 def write_notebook(book: NotebookNode, path: Path) -> None:
     """Write a notebook's file by rename, so that an interrupted run leaves the former one whole."""
     write_whole(path, nbformat.writes(book, version=4).rstrip("\n") + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # a temporary file is private; a lesson is not
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def carry_ids(new: NotebookNode, old: NotebookNode | None, name: str) -> None:

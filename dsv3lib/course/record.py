@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsv3lib.files import write_whole
 
 VARIABLE = "DSV3_PROGRESS"
 """Environment variable that names the progress file."""
@@ -70,21 +71,11 @@ class Record:
         try:
             self._write({"format": _FORMAT, **everything})
         except OSError as error:
-            return f"Your progress could not be kept in {self.path}: {error.strerror or error}."
+            return f"Your progress could not be kept: {error}."
         return ""
 
     def _write(self, content: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".progress-", suffix=".json", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, ensure_ascii=False, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True))
 
     def _set_aside(self) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")

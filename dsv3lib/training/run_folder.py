@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, TrainingError
+from ..files import write_whole
 from ..model import DeepSeekV3
 from . import runlog, savepoint
 from .data import PackedStream
@@ -135,7 +136,7 @@ def record_length(run: Path, total_steps: int) -> None:
     """Write down how many steps a run by the clock has, before any step depends on it."""
     described = read_run(run)
     described["total_steps"] = total_steps
-    runlog.write_whole(run / _RUN_FILE, savepoint.json_text(described))
+    write_whole(run / _RUN_FILE, savepoint.json_text(described))
 
 
 def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weights: bool) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SaveError, TrainingError
+from ..files import write_whole
 
 Record = dict[str, Any]
 FILE_NAME = "log.jsonl"
@@ -170,26 +171,6 @@ def cut_log(path: str | Path, step: int) -> None:
             "or begin a new run"
         )
     write_whole(path, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that there is either the old one or the new one, whole.
-
-    Raises:
-        SaveError: it cannot be written; the old one stands.
-    """
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(
-            f"{path}: cannot be written ({error.strerror}); what stood there is intact"
-        ) from error
 
 
 def log_path(path: str | Path) -> Path:

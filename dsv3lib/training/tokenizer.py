@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import dsv3lib
 from dsv3lib.errors import DataError, InputError, SaveError
+from dsv3lib.files import write_whole
 from dsv3lib.training.domains import DEFAULT_WEIGHTS, Domain, builtin_domains
 from dsv3lib.training.folder import open_domains
 from dsv3lib.training.order import DocumentOrder, Split
@@ -141,20 +141,12 @@ class Tokenizer:
             "model_max_length": 163840,
         }
         special = {**names, "additional_special_tokens": [FIM_BEGIN, FIM_HOLE, FIM_END]}
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in (
-                ("tokenizer.json", self.backend.to_str(pretty=True)),
-                ("tokenizer_config.json", json.dumps(config, indent=2)),
-                ("special_tokens_map.json", json.dumps(special, indent=2)),
-            ):
-                _write_by_rename(folder / name, text + "\n")
-        except OSError as error:
-            raise SaveError(
-                f"tokenizer could not be written to {folder} ({error.strerror}); "
-                "what stood there before is intact. Free some space or choose another folder"
-            ) from error
+        for name, text in (
+            ("tokenizer.json", self.backend.to_str(pretty=True)),
+            ("tokenizer_config.json", json.dumps(config, indent=2)),
+            ("special_tokens_map.json", json.dumps(special, indent=2)),
+        ):
+            write_whole(Path(folder) / name, text + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Tokenizer":
@@ -184,18 +176,6 @@ def _why_not_text(text: str) -> str:
                 "read the file with errors='replace'"
             )
     return f"text is a {type(text).__name__} that cannot be encoded; give a str"
-
-
-def _write_by_rename(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _sample(domains: Sequence[Domain], sample_bytes: int, seed: int) -> Iterator[str]:
