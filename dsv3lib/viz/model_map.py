@@ -125,9 +125,11 @@ def _short(count: int) -> str:
 
 def save_readme_picture(path: Path) -> None:
     """Draw V3 beside the tiny preset as an SVG, the same bytes every time."""
-    fig, _ = model_map({"DeepSeek-V3": ModelConfig.preset("v3-671b"), "tiny": ModelConfig.preset("tiny")})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "dsv3lib"}):
+    configs = {"DeepSeek-V3": ModelConfig.preset("v3-671b"), "tiny": ModelConfig.preset("tiny")}
+    # The whole drawing stands under the course's style: whatever else set matplotlib up before does not show.
+    with matplotlib.rc_context({**style.rc(), "svg.hashsalt": "dsv3lib"}):
+        fig, _ = model_map(configs)
         fig.savefig(path, metadata={"Date": None, "Creator": None})
 
 
