@@ -247,7 +247,7 @@ EXERCISES = (
             "Write `attention_scores(q_nope, q_rope, k_nope, k_rope)`: content plus position, scaled, before "
             "the softmax, shape `[B, H, T]`.\n\n"
             "Shapes: `q_nope [B, H, N]`, `q_rope [B, H, R]`, `k_nope [B, T, H, N]`, `k_rope [B, T, R]`. The "
-            "rotary key has no head: all heads share it. Leave YaRN's correction out."
+            "rotary key has no head: all heads share it. Leave the correction for long texts out."
         ),
         solution=attention_scores,
         checker=_check_attention_scores,
