@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "lab": Command("dsv3lib.course.lab", "open the course in JupyterLab"),
         "doctor": Command("dsv3lib.doctor", "say what this machine has, and what works without the rest"),
         "train": Command("dsv3lib.training.train_command", "train a small DeepSeek-V3 on real text"),
+        "watch": Command("dsv3lib.viz.watch_command", "see the experts' load of a run, live in the browser"),
         "generate": Command("dsv3lib.inference.generate_command", "let a trained model write"),
     }
 )
