@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .errors import CheckpointError, SaveError
+from .errors import CheckpointError, KernelError, SaveError
 from .kernels import dequantize, quantize_blocks
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 FP8_BLOCK = 128
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 
 
 class Entry(NamedTuple):
@@ -119,13 +120,15 @@ def save(model: DeepSeekV3, folder: str | Path, max_shard_bytes: int = 5 * 10**9
         for path in stale:
             path.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        for written, _ in temporary:
-            written.unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         why = "the disk is full; free some space and save again" if full else str(error)
         raise SaveError(
             f"{folder}: the checkpoint was not saved, what was there before is intact: {why}"
         ) from error
+    finally:  # an interrupt, too, leaves nothing half-written behind
+        for written, _ in temporary:
+            with suppress(OSError):
+                written.unlink(missing_ok=True)
 
 
 def _shards(
@@ -249,7 +252,7 @@ def _open_all(folder: Path, stack: ExitStack) -> dict[str, Any]:
     if (folder / INDEX).exists():
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
+            files = [Path(name).name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / INDEX}: is not a safetensors index; download or save it again"
@@ -308,11 +311,16 @@ def _check_names(
 def _check_shapes(folder: Path, model: DeepSeekV3, places: dict[str, Any], wanted: dict[str, Entry]) -> None:
     state = model.state_dict()
     for entry in wanted.values():
-        stored = tuple(places[entry.name].get_slice(entry.name).get_shape())
+        piece = places[entry.name].get_slice(entry.name)
+        stored = tuple(piece.get_shape())
         expected = tuple(state[entry.target].to("meta")[entry.at].shape)
         if stored != expected:
             raise CheckpointError(
                 f"{folder}: {entry.name} has shape {stored}, the configuration says {expected}"
+            )
+        if piece.get_dtype() not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{folder}: {entry.name} holds {piece.get_dtype()}, expected one of {', '.join(_WEIGHT_DTYPES)}"
             )
 
 
@@ -320,14 +328,19 @@ def _fp8_block(folder: Path) -> int:
     """Edge of the squares that share a scale, from ``config.json``."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rows, cols = (fields.get("quantization_config") or {}).get(
-            "weight_block_size", (FP8_BLOCK, FP8_BLOCK)
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
+        block = (fields.get("quantization_config") or {}).get("weight_block_size", [FP8_BLOCK] * 2)
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+    ):  # a model of the caller's own, beside which no config need lie
         return FP8_BLOCK
-    if rows != cols:
-        raise CheckpointError(f"{folder}: weight_block_size is [{rows}, {cols}], expected a square")
-    return int(rows)
+    edge = block[0] if isinstance(block, list) and block else None
+    if not isinstance(edge, int) or edge < 1 or block != [edge, edge]:
+        raise CheckpointError(
+            f"{folder}: weight_block_size is {block!r}, expected a square, [128, 128] as released"
+        )
+    return edge
 
 
 def _read(folder: Path, places: dict[str, Any], name: str, block: int, check_finite: bool) -> Tensor:
@@ -338,7 +351,7 @@ def _read(folder: Path, places: dict[str, Any], name: str, block: int, check_fin
             if name + SCALE_SUFFIX not in places:
                 raise CheckpointError(f"{folder}: {name} is FP8 and its {name + SCALE_SUFFIX} is missing")
             tensor = dequantize(tensor, places[name + SCALE_SUFFIX].get_tensor(name + SCALE_SUFFIX), block)
-    except SafetensorError as error:
+    except (SafetensorError, KernelError) as error:
         raise CheckpointError(
             f"{folder}: {name} cannot be read ({error}); fetch or save the file again"
         ) from error
