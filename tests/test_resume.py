@@ -51,14 +51,18 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+def steps_logged(run: Path) -> int:
+    return len(read_log(run).steps) if (run / "log.jsonl").exists() else 0
+
+
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
     """Returns when the log holds that many steps, or the process has ended."""
     until = time.monotonic() + LIMIT_SECONDS
     while process.poll() is None:
         assert time.monotonic() < until, "no progress"
-        if (run / "log.jsonl").exists() and len(read_log(run).steps) >= count:
+        if steps_logged(run) >= count:
             return
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def without_times(record: dict) -> dict:
@@ -88,17 +92,17 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(uninterrupted, tmp_pa
     process = train(*COMMON, "--steps", str(STEPS), "--out", str(run))
     killed_after = []
     for kill in range(KILLS):
-        done = len(read_log(run).steps) if run.exists() else 0
+        done = steps_logged(run)
         wait_for_steps(run, done + chance.randrange(1, STEPS // (2 * KILLS)), process)
         if kill == 0:  # the moment that matters most, aimed at: a save point is half-written
             while process.poll() is None and not any((run / "checkpoints").glob(".unfinished-step-*")):
-                pass
+                time.sleep(0.001)
         else:
             time.sleep(chance.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         output = finish(process)
         assert process.returncode == -signal.SIGKILL, output
-        killed_after.append(len(read_log(run).steps))
+        killed_after.append(steps_logged(run))
         process = train("--resume", str(run))
     output = finish(process)
     assert process.returncode == 0, output
@@ -140,6 +144,16 @@ def test_a_finished_run_is_measured_and_shown_again(uninterrupted, capsys, threa
         assert expected in output
     before = read_log(uninterrupted).validations[-1]
     assert f"{before['domains']['docs']['loss']:.3f}" in output
+
+
+def test_the_model_of_a_run_writes(uninterrupted, capsys):
+    for folder in (
+        uninterrupted,
+        uninterrupted / "model",
+        uninterrupted / "checkpoints" / f"step-{STEPS:08d}",
+    ):
+        assert main(["generate", str(folder), "--prompt", "The ", "--max-new-tokens", "5"]) == 0
+        assert capsys.readouterr().out.startswith("The ")
 
 
 @pytest.mark.parametrize(

@@ -312,12 +312,12 @@ def validation_table(evaluation: Evaluation) -> Table:
 def samples(trainer: Trainer) -> list[tuple[str, str, str]]:
     """What the model writes after the first words of validation documents: (domain, prompt, continuation)."""
     found, stream = [], trainer.stream
+    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
     for name in stream.domain_names:
         batches = stream.validation_batches(name, 1, 1)
         if not batches or len(found) == _SAMPLES:
             continue
         prompt = batches[0].input_ids[:, :_PROMPT_TOKENS].to(trainer.device)
-        generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
         ids = trainer.model.generate(
             prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE, generator=generator,
             stop_tokens=[stream.tokenizer.eos_id],
