@@ -81,12 +81,13 @@ def cache_by_context(bytes_per_token: Mapping[str, int], tokens: int) -> tuple[F
 def decode_by_context(
     contexts: Sequence[int],
     milliseconds: Mapping[str, Sequence[float]],
-    megaflops: Mapping[str, Sequence[float]],
+    millions: Mapping[str, Sequence[float]],
 ) -> tuple[Figure, str]:
     """One decode step of one layer against the context: measured time beside counted operations.
 
     Args:
-        contexts: cached tokens. milliseconds, megaflops: form ("expanded", "absorbed") → one value a context.
+        contexts: cached tokens. milliseconds, millions: form ("expanded", "absorbed") → one value a context,
+            times and operations.
 
     Returns:
         The figure and its alt text.
@@ -96,7 +97,7 @@ def decode_by_context(
     )
     panels = (
         (left, milliseconds, "time, measured here (ms)"),
-        (right, megaflops, "operations, counted (MFLOP)"),
+        (right, millions, "operations, counted (millions)"),
     )
     for ax, values, label in panels:
         _log_tokens(ax, contexts)
@@ -104,7 +105,7 @@ def decode_by_context(
         ax.set_ylabel(label)
         for form, row in values.items():
             ax.plot(contexts, row, **_stroke(form), label=form)
-    left.legend()
+    left.legend(frameon=False)
     alt = (
         "Two panels on logarithmic axes, measured time and counted operations against cached tokens. In both, "
         "the expanded form lies far above the absorbed one, and the gap widens to the right."
@@ -127,14 +128,13 @@ def kept_by_directions(
         The figure and its alt text.
     """
     fig, (left, right) = style.figure(
-        "A few directions carry the keys and values", "directions kept", None, columns=2, size=(9.4, 4.0)
+        "A few directions carry the keys and values", "directions kept", None, columns=2, size=(9.4, 4.6)
     )
     left.set_ylabel("variance kept (percent)")
     for (name, shares), meaning in zip(spectra.items(), ("latent", "neutral"), strict=False):
         stroke = style.line(meaning) | {"marker": ""}
         left.plot(range(1, len(shares) + 1), [100 * share for share in shares], **stroke, label=name)
     left.set_ylim(0, 103)
-    left.legend(loc="lower right")
     right.set_xscale("log", base=2)
     right.set_ylabel("loss on new text (nats per byte)")
     for (name, row), meaning in zip(losses.items(), ("latent", "neutral"), strict=False):
@@ -142,7 +142,8 @@ def kept_by_directions(
         right.set_xticks(list(row), [str(rank) for rank in row])
     for (name, loss), dash in zip(floors.items(), ("-", (0, (4, 2))), strict=False):
         right.axhline(loss, color=style.INK, linewidth=1, linestyle=dash, label=name)
-    right.legend()
+    for ax in (left, right):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handlelength=3.2, frameon=False)
     alt = (
         "Left: variance kept against directions kept; the trained model's curve rises far faster than the "
         "untrained one's. Right: loss against directions kept; with the best directions it falls to that of "

@@ -26,10 +26,10 @@
 # latent attention*, **MLA**.
 
 # %% tags=["parameters"]
-STEPS = 240
+STEPS = 240  # of the two small trainings
 SEED = 1234
-DEVICE = "auto"
-FAST = False
+DEVICE = "auto"  # or "cpu", "cuda"
+FAST = False  # True: fewer steps, shorter contexts
 
 # %%
 import torch
@@ -440,7 +440,7 @@ def loss_with(model, directions=None, best=True):
 # %%
 cuts = (1, 2, 4, 8, 16, 32)
 losses = {"best directions": {r: loss_with(wide, r) for r in cuts}}
-losses["random directions"] = {r: loss_with(wide, r, best=False) for r in cuts}
+losses["random directions"] = {r: sum(loss_with(wide, r, best=False) for _ in range(3)) / 3 for r in cuts}
 floors = {"whole model": loss_with(wide), "trained with a latent of 8": loss_with(tight)}
 style.show(*figures.kept_by_directions(spectra, losses, floors))
 enough = {name: 1 + sum(share < 0.9 for share in shares) for name, shares in spectra.items()}
@@ -631,7 +631,8 @@ measured(f"GPU results: {', '.join(on_gpu) or 'none has been measured yet'}. Thi
 # ## Exercises
 #
 # One dot is a warm-up, three need paper. Letters at the end of a name are its dimensions: **B** sequences, **T** cached tokens,
-# **H** heads, **N** content numbers ($d_h$), **R** position numbers ($d_h^R$), **C** latent numbers ($d_c$).
+# **H** heads, **N** content numbers ($d_h$), **R** position numbers ($d_h^R$), **C** latent numbers ($d_c$). As in the released
+# code, `nope` ("no position") is the content part and `rope` the position part; the position key is called *rotary key*.
 
 # %%
 exercise("mla.1")
