@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, build, configs, small, tokens
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
-from dsv3lib.errors import CacheError, ContextLengthError
+from dsv3lib.errors import CacheError, ContextLengthError, InputError
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # fp64, logits of the order of one
 
@@ -187,6 +187,26 @@ def test_unused_cache_filled_with_nan_changes_nothing(
         answers.append(torch.cat(parts, 1))
     assert torch.isfinite(answers[1]).all()
     assert torch.equal(answers[0], answers[1])
+
+
+class Leaky(LatentCache):
+    """A twin that leaves in its buffer what earlier tokens left there."""
+
+    def append(self, layer: int, latent: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        held = super().append(layer, latent, lengths)
+        for row, before in zip(held, self.lengths.tolist(), strict=True):
+            row[before + latent.shape[1] :] = float("nan")
+        return held
+
+
+@torch.no_grad()
+def test_the_poison_is_seen_where_a_cache_leaks() -> None:
+    model = build(small())
+    cache = Leaky(model.config)
+    feed(model, cache, tokens(model.config, 2, 5), [5])
+    cache.crop(torch.tensor([2, 4]))
+    with pytest.raises(InputError, match="NaN"):
+        model(tokens(model.config, 2, 1), cache=cache)
 
 
 # ---- bytes and growth -------------------------------------------------------------------------------------
