@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dsv3lib.course.exercises import mla, start
+from dsv3lib.course.exercises import mla, routing, start
 from dsv3lib.course.task import Exercise
 from dsv3lib.errors import CourseError
 
-ALL: tuple[Exercise, ...] = (*start.EXERCISES, *mla.EXERCISES)
+ALL: tuple[Exercise, ...] = (*start.EXERCISES, *mla.EXERCISES, *routing.EXERCISES)
 """Every exercise of the course, in order."""
 
 
