@@ -433,17 +433,28 @@ def test_what_is_measured_is_replaced_before_the_notebook_tests_compare(
     monkeypatch.setattr(card, "show", lambda html_text, plain, view=None: shown.append((html_text, plain)))
     card.measured("12.3 ms\na second line")
     card.measured("a <b> & `99.9` ms")
-    patterns = get_sanitize_patterns(SANITIZE.read_text())
-
-    def clean(text: str) -> str:
-        for pattern, replacement in patterns:
-            text = re.sub(pattern, replacement, text)
-        return text
-
     for html_text, plain in shown:
         assert clean(html_text) == "MEASURED"
         assert clean(plain) == "MEASURED", "however many lines a measurement has"
     assert clean("the loss is 3.2") == "the loss is 3.2"
+
+
+def test_progress_is_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(card, "show", lambda html_text, plain, view=None: shown.append((html_text, plain)))
+    course.progress()
+    course.check("start.1", find("start.1").solution)
+    course.progress()
+    (html_before, before), _, (html_after, after) = shown
+    assert before != after and clean(before) == clean(after) == "PROGRESS"
+    assert html_before != html_after and clean(html_before) == clean(html_after)
+
+
+def clean(text: str) -> str:
+    """A text as nbval sees it."""
+    for pattern, replacement in get_sanitize_patterns(SANITIZE.read_text()):
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 @given(st.text())

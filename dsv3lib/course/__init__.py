@@ -22,6 +22,8 @@ The text opens with jupytext's header (copy it from another lesson, or let
 
 ``session.device`` and ``session.generator`` are what the cells after it use.
 
+Each parameter stands on a line of its own: papermill reads no other form.
+
 Predictions
 -----------
 ``predict`` in a cell of its own, the cell that shows the answer after it, ``reveal`` at its end::
@@ -29,7 +31,7 @@ Predictions
     predict("mla.p1", "How many KiB does V3 cache for one token?", number=(1, 10_000, "KiB"))
     predict("mla.p2", "What happens to the scores?", options=["they grow", "they stay", "they shrink"])
 
-    reveal("mla.p1", 68.6, because="61 layers × 576 values × 2 bytes.", close=0.1)
+    reveal("mla.p1", 68.6, unit="KiB", because="61 layers × 576 values × 2 bytes.", close=0.1)
     reveal("mla.p2", "they stay", because="The products are reordered, nothing more.")
     reveal("mla.p3", 12.4, because="…", varies=True)      # a time: not compared by the tests
 
@@ -52,7 +54,8 @@ What is compared
 ----------------
 The notebook tests compare outputs word for word. So print integers, shapes and rounded values; hand what
 differs between machines or runs (times, speeds, devices) to ``measured("…")`` and nowhere else, and give
-``reveal`` a time with ``varies=True``. Pictures are not compared, their alt texts are.
+``reveal`` a time with ``varies=True``. Pictures are not compared, their alt texts are; ``progress()`` is
+not compared either.
 
 Waiting
 -------
