@@ -126,7 +126,7 @@ def test_load_by_domain_adds_up_and_knows_who_went_where():
 @pytest.mark.parametrize(
     ("way", "speed", "alpha", "over"),
     [("none", 0.0, 0.0, "sequence"), ("sequence", 0.0, 1e-3, "sequence"), ("batch", 0.0, 1e-3, "batch"),
-     ("bias", 1e-3, 0.0, "sequence")],
+     ("bias", 1e-2, 0.0, "sequence")],
 )  # fmt: skip
 def test_each_way_balances_by_one_means_alone(way, speed, alpha, over):
     settings = TrainingConfig(steps=1, **balance_settings(way))

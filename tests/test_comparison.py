@@ -8,7 +8,7 @@ import torch
 from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.cli import main
 from dsv3lib.errors import ConfigError, TrainingError
-from dsv3lib.training.balance import WAYS
+from dsv3lib.training.balance import DEFAULT_SPEED, WAYS
 from dsv3lib.training.comparison import compare, comparison_table
 from dsv3lib.training.data import PackedStream
 from dsv3lib.training.domains import ArithmeticDomain
@@ -97,7 +97,7 @@ def test_the_command_trains_one_way_or_compares_several(tmp_path, capsys):
     assert "bias, no auxiliary loss" in capsys.readouterr().out
     headers = [read_log(tmp_path / "two" / way).header for way in ("none", "bias")]
     assert headers[0]["initial_weights"] == headers[1]["initial_weights"]
-    assert [h["training"]["bias_speed"] for h in headers] == [0.0, 0.001]
+    assert [h["training"]["bias_speed"] for h in headers] == [0.0, DEFAULT_SPEED]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from .balance import DEFAULT_SPEED
 
 # Paper §4.2: 14.8T tokens in all; the learning rate is constant to 10T, falls by a cosine over 4.3T, rests at
 # a tenth for 333B tokens and at 7.3e-6 of 2.2e-4 for the last 167B. λ of the MTP loss falls with the cosine's
@@ -48,7 +49,7 @@ class TrainingConfig:
         beta1, beta2, epsilon, weight_decay, gradient_clip: of AdamW (0.9, 0.95, not stated, 0.1, 1.0).
         bf16_moments: keep AdamW's moments in BF16 as the paper does (§3.3.3); FP32 where memory is no worry.
         mtp_loss_weight, mtp_loss_weight_late: λ before and after the constant phase ends (0.3, 0.1).
-        bias_speed: γ, until the cosine ends (0.001), 0 from then on.
+        bias_speed: γ, until the cosine ends, 0 from then on (0.001; a short run needs more, see ``balance``).
         aux_loss_alpha: α of the auxiliary balance loss (0.0001); ``None`` leaves the model's own.
         aux_loss_over: what that loss asks to be balanced, each "sequence" (the paper's choice) or the "batch".
         ema_decay: of the averaged weights on the CPU; 0 keeps none.
@@ -84,7 +85,7 @@ class TrainingConfig:
     bf16_moments: bool = False
     mtp_loss_weight: Number = 0.3
     mtp_loss_weight_late: Number = 0.1
-    bias_speed: Number = 1e-3
+    bias_speed: Number = DEFAULT_SPEED
     aux_loss_alpha: Number | None = None
     aux_loss_over: str = "sequence"
     ema_decay: Number = 0.99

@@ -19,7 +19,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError, DataError
 from ..model import DeepSeekV3
 from . import run_folder
-from .balance import WAYS, balance_settings
+from .balance import DEFAULT_SPEED, PAPER_SPEED, WAYS, balance_settings
 from .comparison import compare, comparison_table
 from .data import DEFAULT_FIM_RATE, PackedStream
 from .evaluate import Evaluation
@@ -67,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how the experts' load is balanced: {', '.join(WAYS)} (V3's recipe: the bias, and a very weak "
         "loss beside it); two or more are trained one after the other and compared",
     )  # fmt: skip
-    recipe.add_argument("--bias-speed", type=float, help="γ of the routers' bias (0.001); 0 switches it off")
+    recipe.add_argument(
+        "--bias-speed",
+        type=float,
+        help=f"γ of the routers' bias ({DEFAULT_SPEED}; paper: {PAPER_SPEED}); 0: off",
+    )
     recipe.add_argument("--aux-loss-alpha", type=float, help="α of the balance loss")
     recipe.add_argument("--mtp-loss-weight", type=float, help="λ of the MTP loss (0.3)")
     recipe.add_argument("--seed", type=int, help="of weights and text (0)")
