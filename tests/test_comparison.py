@@ -73,7 +73,8 @@ def test_a_negative_speed_is_refused_before_any_step():
         compare(fresh, SETTINGS, ["bias"], speed=-0.5)
 
 
-def test_the_command_trains_one_way_or_compares_several(tmp_path, capsys):
+def test_the_command_trains_one_way_or_compares_several(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # a table is folded to the terminal's width
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SIZE.to_dict()))
     text = ["code", "docs", "chinese", "german", "french", "spanish"]
