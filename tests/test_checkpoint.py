@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import SEEDS, build, configs, small, tokens
 
@@ -252,15 +252,11 @@ class file_size_limit:
         self.limit = limit
 
     def __enter__(self) -> None:
-        import signal
-
         self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.before[1]))
 
     def __exit__(self, *details: object) -> None:
-        import signal
-
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
         signal.signal(signal.SIGXFSZ, self.handler)
 
@@ -511,10 +507,3 @@ def test_a_failed_load_leaves_a_given_model_unchanged(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         checkpoint.load(model, tmp_path)
     assert_same(before, state_of(model))
-
-
-def test_files_are_opened_not_slurped(tmp_path: Path) -> None:
-    """One tensor of a file can be had without the others: what streaming rests on."""
-    build(small()).save_pretrained(tmp_path)
-    with safe_open(tmp_path / SINGLE, framework="pt") as stored:
-        assert tuple(stored.get_slice(KV_A).get_shape()) == (16, 24)
