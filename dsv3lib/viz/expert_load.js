@@ -61,10 +61,11 @@ function heat(area, data, ratios, names, title, chosen, axis) {
   const box = { left: 84, top: 22, width: area.width - 84 - 70, height: area.height - 22 - 34 };
   clear(area, data, title);
   const pixels = new ImageData(columns, rows);
+  const silent = names.map((_, r) => ratios.subarray(r * columns, (r + 1) * columns).every((x) => x === 0));
   for (let i = 0; i < rows * columns; i++) {
     const at = shade(data, ratios[i]);
     for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = data.colours[at + c];
-    pixels.data[4 * i + 3] = 255;
+    pixels.data[4 * i + 3] = silent[Math.floor(i / columns)] ? 0 : 255;  // no token: nothing to be said
   }
   const small = new OffscreenCanvas(columns, rows);
   small.getContext("2d").putImageData(pixels, 0, 0);
@@ -86,6 +87,11 @@ function heat(area, data, ratios, names, title, chosen, axis) {
     pen.lineWidth = 2; pen.strokeRect(box.left, box.top + chosen * tall, box.width, tall);
   }
   pen.fillStyle = data.palette.ink; pen.textBaseline = "middle"; pen.textAlign = "right";
+  if (tall >= 12) {
+    pen.fillStyle = data.palette.ink; pen.textAlign = "center"; pen.textBaseline = "middle";
+    silent.forEach((is, r) => { if (is) pen.fillText("no tokens", box.left + box.width / 2, box.top + (r + 0.5) * tall); });
+    pen.textAlign = "right";
+  }
   const every = Math.ceil((13 * rows) / box.height);
   for (let r = 0; r < rows; r += every) pen.fillText(names[r], box.left - 6, box.top + (r + 0.5) * tall);
   pen.textAlign = "center"; pen.textBaseline = "top";
@@ -184,7 +190,11 @@ function ratios(counts, offset, rows, columns) {
 
 export function mount(root, bytes) {
   let data = unpack(bytes), follows = true;
-  const shadow = element("div", root, { class: "dsv3-load" });
+  // The attribute, and the end of the event below, keep JupyterLab from taking the slider's arrow keys itself.
+  const shadow = element("div", root, { class: "dsv3-load", "data-lm-suppress-shortcuts": "true" });
+  for (const kind of ["keydown", "keyup", "mousedown", "pointerdown"]) {
+    shadow.addEventListener(kind, (event) => event.stopPropagation());
+  }
   element("style", shadow, {}, STYLE);
   const title = element("h3", shadow), state = element("p", shadow, { class: "state", role: "status" });
   const controls = element("div", shadow, { class: "controls" });
@@ -245,8 +255,15 @@ export function mount(root, bytes) {
     curves(areas.bias, data, biases.length ? `Bias of ${biases.length} experts, added to the affinity · ${data.layers[l]}` : "Bias: not moved in this run", biases.length ? data.bias_steps : data.steps, biases, data.last[f], false);
     if (areas.domains) {
       const by = new Float32Array(n * columns);
-      for (let i = 0; i < n; i++) by.set(ratios(data.domain, (f * n + i) * size + l * columns, 1, columns), i * columns);
-      heat(areas.domains, data, by, data.domains, `Who works for which text · ${data.layers[l]}`, d, "expert");
+      for (let i = 0; i < n; i++) {
+        const recent = new Float64Array(columns);
+        for (let g = f; g >= 0 && data.last[f] - data.first[g] < data.domain_steps; g--) {
+          const from = (g * n + i) * size + l * columns;
+          for (let e = 0; e < columns; e++) recent[e] += data.domain[from + e];
+        }
+        by.set(ratios(recent, 0, 1, columns), i * columns);
+      }
+      heat(areas.domains, data, by, data.domains, `Who works for which text, last ${data.domain_steps} steps · ${data.layers[l]}`, d, "expert");
     }
     let words_nodes = "";
     if (areas.nodes) {

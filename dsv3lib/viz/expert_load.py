@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from ..config import ModelConfig
 from ..errors import InputError, SaveError
 from . import style
-from .load_history import CLIP, LoadHistory, relative
+from .load_history import CLIP, DOMAIN_STEPS, LoadHistory, relative
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,8 +225,9 @@ class ExpertLoad:
             label=history.layers[layer],
         )  # fmt: skip
         ax.axvline(step, color=style.INK, linewidth=0.8)
-        ax.set(xlabel="training step", ylabel="MaxVio (max / mean − 1)", ylim=(0, None))
-        ax.legend(loc="upper right")
+        top = 1.25 * max(float(history.violation.max()), 0.1)  # room for the legend
+        ax.set(xlabel="training step", ylabel="MaxVio (max / mean − 1)", ylim=(0, top))
+        ax.legend(loc="upper center", ncols=2)
 
     def _biases(self, ax: Any, layer: int) -> None:
         history = self.history
@@ -245,8 +246,13 @@ class ExpertLoad:
     def _domains(self, ax: Any, layer: int, at: int) -> None:
         history = self.history
         if history.domains:
-            heat_map(ax, relative(history.by_domain[at, :, layer]), history.domains, history.groups)
-            ax.set_title(f"by text, {history.layers[layer]}", fontsize=11, fontweight="normal")
+            recent = history.by_domain[max(0, at + 1 - DOMAIN_STEPS) : at + 1, :, layer].sum(0)
+            heat_map(ax, relative(recent), history.domains, history.groups)
+            ax.set_title(
+                f"by text, {history.layers[layer]}, last {DOMAIN_STEPS} steps",
+                fontsize=11,
+                fontweight="normal",
+            )
             return
         nodes = relative(history.load[at, layer].reshape(history.groups, -1).sum(-1))
         ax.bar(range(history.groups), nodes, **style.bar("communication"))
@@ -269,11 +275,14 @@ class ExpertLoad:
 def heat_map(ax: Any, ratios: np.ndarray, names: Sequence[str], groups: int = 1) -> None:
     """Draw loads relative to their mean, [rows, experts], on a log scale around 1; lines part the groups."""
     floor = 2.0**-CLIP
-    shown = np.log2(np.clip(ratios, floor, 1 / floor))
+    silent = ratios.sum(-1) == 0  # no token came: not idle experts, but nothing to be said
+    shown = np.where(silent[:, None], np.nan, np.log2(np.clip(ratios, floor, 1 / floor)))
     image = ax.imshow(
         shown, cmap=style.DIVERGING, vmin=-CLIP, vmax=CLIP, aspect="auto", interpolation="nearest"
     )
     rows, experts = ratios.shape
+    for row in np.flatnonzero(silent):
+        ax.text(experts / 2 - 0.5, row, "no tokens", ha="center", va="center", fontsize=9)
     every = -(-rows // 16)
     ax.set_yticks(range(0, rows, every), [names[i] for i in range(0, rows, every)])
     ax.set_xticks(range(0, experts, -(-experts // 8)))

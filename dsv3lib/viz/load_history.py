@@ -29,6 +29,8 @@ MAX_BYTES = 24_000_000
 """Of loads in one packet; 500 steps of V3's 58 layers x 256 experts are 15 MB."""
 _BIAS_FRAMES = 64
 _COLOURS = 256
+DOMAIN_STEPS = 10
+"""The comparison of domains sums so many steps: one batch holds few rows of each, of some none."""
 CLIP = 2.0
 """The heat map's ends: 2**-CLIP and 2**CLIP times the mean."""
 
@@ -223,6 +225,7 @@ class LoadHistory:
             "bias_steps": [self.steps[i] for i in keep],
             "speed": self.speeds[-1] if self.speeds else 0.0,
             "clip": CLIP,
+            "domain_steps": DOMAIN_STEPS,
             "palette": dict(style.PALETTE) | {"paper": style.PAPER, "ink": style.INK},
             "arrays": [],
         }
