@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import ModelConfig
+from .errors import InputError
 from .inputs import IGNORED, check_inputs
 from .layers.attention import Step
 from .layers.block import Block
@@ -158,6 +159,11 @@ class DeepSeekV3(nn.Module):
             CacheError: the cache belongs to another batch or model.
         """
         check_inputs(self.config, input_ids, labels, cache, lengths, document_ids)
+        if return_mtp and cache is not None:
+            raise InputError(
+                "return_mtp: the modules look ahead of each position and cannot go on from a cache; leave the cache "
+                "out, or let generate(speculative=True) draft with them"
+            )
         if labels is not None and lengths is not None:
             padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.to(labels.device)[:, None]
             labels = labels.masked_fill(padding, IGNORED)
@@ -347,7 +353,9 @@ def next_token_loss(
     target = labels[:, ahead:].long()
     if document_ids is not None:
         target = target.masked_fill(document_ids[:, ahead:] != document_ids[:, :n], IGNORED)
-    logits = logits[:, :n].flatten(0, 1)
+    # To give the last positions no target costs less than to cut their logits off, which copies the rest.
+    target = F.pad(target, (0, logits.shape[1] - n), value=IGNORED)
+    logits = logits.flatten(0, 1)
     if logits.element_size() < 4:
         logits = logits.float()
     total = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")

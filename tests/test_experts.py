@@ -183,3 +183,13 @@ def test_bf16_experts_stay_near_fp32() -> None:
     y = experts.bfloat16()(x.bfloat16(), indices, weights.float())
     assert y.dtype == torch.bfloat16
     assert (y.double() - exact).norm() / exact.norm() < 0.02
+
+
+@given(**CASES)
+def test_in_stages_equals_one_by_one(config: ModelConfig, seed: int, n_tokens: int) -> None:
+    """The GPU's path, run on the CPU: the plain form beside ``experts_one_by_one``."""
+
+    def staged(experts: Experts, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor):
+        return experts.staged(x, weights, sort_by_expert(indices, config.n_routed_experts))
+
+    check(staged, config, seed, n_tokens)

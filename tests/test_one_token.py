@@ -59,7 +59,9 @@ def test_equals_the_plain_layers(name, dtype, tolerance, monkeypatch) -> None:
     plain, plain_experts, plain_cache = walk(model, ids, 5)
     torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
     for a, b in zip(experts, plain_experts, strict=True):
-        assert [None if x is None else x.tolist() for x in a] == [None if x is None else x.tolist() for x in b]
+        assert [None if x is None else x.tolist() for x in a] == [
+            None if x is None else x.tolist() for x in b
+        ]
     for a, b in zip(cache._buffers, plain_cache._buffers, strict=True):
         torch.testing.assert_close(a[:, :12], b[:, :12], rtol=0, atol=tolerance)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .cache import LatentCache
+from .causal_attention import MOST_TOKENS, causal_attention
 from .norm import RMSNorm
 from .recompute import Recipes, run
 from .rope import apply_rope
@@ -108,7 +109,7 @@ class MultiHeadLatentAttention(nn.Module):
         kv = self.kv_b_proj(c_kv).unflatten(-1, (cfg.num_attention_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, cfg.num_attention_heads, -1, -1)], -1)
-        return k, pad_values(v, cfg.qk_head_dim)
+        return k, v.contiguous()
 
     def expanded(
         self,
@@ -125,8 +126,7 @@ class MultiHeadLatentAttention(nn.Module):
                 last of the S positions).
         """
         k, v = run(recipes, self.keys_values, latents)
-        heads = scaled_attention(q, k, v, mask, self.config.softmax_scale)
-        return heads[..., : self.config.v_head_dim].transpose(1, 2)
+        return scaled_attention(q, k, v, mask, self.config.softmax_scale).transpose(1, 2)
 
     def absorbed(
         self,
@@ -174,16 +174,6 @@ def causal_mask(n_new: int, n_total: int, device: torch.device) -> Bool[Tensor, 
     return torch.ones(n_new, n_total, dtype=torch.bool, device=device).tril(n_total - n_new)
 
 
-def pad_values(v: Float[Tensor, "B H S V"], width: int) -> Float[Tensor, "B H S width"]:
-    """Values widened with zeros to the keys' width, where the device's fused attention asks for that.
-
-    The CPU's does: without it, torch writes the whole T x S score matrix. The zeros cost little beside that.
-    """
-    if v.device.type == "cpu" and v.shape[-1] < width:
-        return F.pad(v, (0, width - v.shape[-1]))
-    return v.contiguous()
-
-
 def scaled_attention(
     q: Float[Tensor, "B H T QK"],
     k: Float[Tensor, "B H S QK"],
@@ -191,9 +181,21 @@ def scaled_attention(
     mask: Bool[Tensor, "*B 1 T S"] | None,
     scale: float,
 ) -> Float[Tensor, "B H T V"]:
-    """softmax(scale · q kᵀ) v through torch's fused kernel; without a mask, causal over the last T of S."""
-    n_new, n_total = q.shape[2], k.shape[2]
+    """softmax(scale · q kᵀ) v; without a mask, causal over the last T of S.
+
+    On the CPU, short causal sequences go in blocks of rows, see ``causal_attention``. All else goes through
+    torch's fused kernel. The CPU's asks for values as wide as the keys, and without them torch would write
+    the whole T x S score matrix: zeros fill them up, which cost little beside that.
+    """
+    n_new, n_total, width = q.shape[2], k.shape[2], v.shape[3]
+    causal = mask is None and n_new == n_total
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and causal and n_new <= MOST_TOKENS and q.element_size() >= 4:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return causal_attention(*flat, scale).unflatten(0, q.shape[:2])
     if mask is None and 1 < n_new < n_total:
         mask = causal_mask(n_new, n_total, q.device)
-    causal = mask is None and n_new == n_total
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    if on_cpu and width < k.shape[3]:
+        v = F.pad(v, (0, k.shape[3] - width))
+    heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return heads[..., :width]

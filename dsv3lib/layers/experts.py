@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels import grouped_gemm
+from .expert_by_expert import experts_one_by_one
 from .router import Router
+
+CACHED_VALUES = 2**18  # of an MLP's hidden layer at a time: 1 MiB in FP32
 
 
 class Routing(NamedTuple):
@@ -40,6 +43,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """The same for each token; on a CPU a few rows at a time, whose hidden values stay in its cache."""
+        rows = CACHED_VALUES // self.gate_proj.out_features
+        if x.device.type != "cpu" or x.numel() <= rows * x.shape[-1]:
+            return self._swiglu(x)
+        parts = x.flatten(0, -2).split(rows)
+        return torch.cat([self._swiglu(part) for part in parts]).view_as(x)
+
+    def _swiglu(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -65,6 +76,16 @@ class Experts(nn.Module):
             x: tokens. indices: their experts. weights: gate values g, FP32.
         """
         visits = sort_by_expert(indices, self.gate_up_proj.shape[0])
+        if x.device.type == "cpu" and x.element_size() >= 4:
+            matrices = (self.gate_up_proj, self.down_proj)
+            weights = weights.to(x.dtype)
+            return experts_one_by_one(x, weights, *matrices, visits.order, visits.inverse, visits.counts)
+        return self.staged(x, weights, visits)
+
+    def staged(
+        self, x: Float[Tensor, "N D"], weights: Float[Tensor, "N A"], visits: Visits
+    ) -> Float[Tensor, "N D"]:
+        """The same in stages, each over all experts: what a GPU is good at, and the plain form of the other."""
         rows = dispatch(x, visits)
         gate, up = grouped_gemm(rows, self.gate_up_proj, visits.counts).chunk(2, -1)
         y = grouped_gemm(F.silu(gate) * up, self.down_proj, visits.counts)
@@ -110,14 +131,13 @@ def combine(y: Float[Tensor, "NA D"], weights: Float[Tensor, "N A"], visits: Vis
     return _Combine.apply(y, weights, visits)
 
 
-def _gather_sum(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
-    """Σ_a weights[n, a] · y[inverse[n, a]].
+def _gather_sum(y: Tensor, weights: Tensor | None, inverse: Tensor) -> Tensor:
+    """Σ_a weights[n, a] · y[inverse[n, a]]: what an embedding layer calls a bag. No weights: all one.
 
     Gathering and summing in a fixed order, where scatter-adding would sum in the order of the threads: the
     same step gives the same bits every time.
     """
-    home = y.index_select(0, inverse.flatten()).view(*inverse.shape, -1)
-    return torch.bmm(weights[:, None], home).squeeze(1)
+    return F.embedding_bag(inverse, y, mode="sum", per_sample_weights=weights)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -130,8 +150,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ones = grad.new_ones(ctx.visits.inverse.shape)
-        return _gather_sum(grad, ones, ctx.visits.inverse), None
+        return _gather_sum(grad.contiguous(), None, ctx.visits.inverse), None
 
 
 class _Combine(torch.autograd.Function):
@@ -147,7 +166,7 @@ class _Combine(torch.autograd.Function):
         visits = ctx.visits
         sent = grad.index_select(0, visits.token)
         sorted_weights = weights.flatten()[visits.order]
-        grad_weights = (sent * y).sum(-1)[visits.inverse]
+        grad_weights = torch.linalg.vecdot(sent, y)[visits.inverse]
         return sent.mul_(sorted_weights[:, None]), grad_weights, None
 
 

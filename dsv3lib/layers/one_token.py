@@ -68,7 +68,9 @@ class OneToken:
         """
         x, choices, affinities = x.view(-1), [], []
         for layer, block in enumerate(blocks):
-            parts = block._modules  # the dictionary: attribute look-up on a module costs as much as an addition
+            parts = (
+                block._modules
+            )  # the dictionary: attribute look-up on a module costs as much as an addition
             h = self.normalize(parts["input_layernorm"], x)
             x = self.attend(parts["self_attn"]._modules, layer, x, h)
             h = self.normalize(parts["post_attention_layernorm"], x)

@@ -1,0 +1,92 @@
+"""Causal attention in blocks of rows, for the CPU: the upper half of the score matrix is never touched.
+
+torch's fused attention is made for long contexts: its backward computes every score again, block by block.
+Up to about a thousand tokens the probabilities of a layer fit in memory, and it is quicker to keep them.
+Each block of rows meets the columns up to its own end, so that a little over half of the square is computed.
+``scaled_attention`` chooses; the plain formula is ``causal_attention_ref``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+GROUP = 16  # sequences at a time: a block of their scores stays in a core's cache
+BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
+MOST_TOKENS = 1024  # half of T² probabilities per head are kept; beyond this the fused kernel is as quick
+
+
+def causal_attention_ref(
+    q: Float[Tensor, "N T QK"], k: Float[Tensor, "N T QK"], v: Float[Tensor, "N T V"], scale: float
+) -> Float[Tensor, "N T V"]:
+    """softmax(scale · q kᵀ + mask) v, the plain form: the whole square, −inf above the diagonal."""
+    scores = q @ k.transpose(1, 2) * scale
+    above = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(above, float("-inf")).softmax(-1) @ v
+
+
+def causal_attention(
+    q: Float[Tensor, "N T QK"], k: Float[Tensor, "N T QK"], v: Float[Tensor, "N T V"], scale: float
+) -> Float[Tensor, "N T V"]:
+    """softmax(scale · q kᵀ + mask) v, where position t sees itself and what lies before (Eq. 10).
+
+    Args:
+        q, k, v: N = batch x heads independent sequences. scale: 1/√(width of q), times YaRN's temperature.
+
+    Returns:
+        Weighted values; differentiable once in q, k and v.
+    """
+    return _CausalAttention.apply(q, k, v, scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Backward with the kept P: dV = Pᵀ dO, dS = P ⊙ (dP − rowsum(dP ⊙ P)), dQ = dS K, dK = dSᵀ Q."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, kept = torch.empty_like(v), []
+        for q_g, k_g, v_g, out_g in groups(q, k, v, out):
+            q_g, k_t = q_g * scale, k_g.transpose(1, 2)
+            for start, end in blocks(q.shape[1]):
+                scores = torch.bmm(q_g[:, start:end], k_t[..., :end])
+                scores[..., start:] += above_diagonal(end - start, scores)
+                p = torch.softmax(scores, -1, out=scores)
+                out_g[:, start:end] = torch.bmm(p, v_g[:, :end])
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)  # q as it came, not scaled: it may be kept as a recipe
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        probabilities = iter(kept)
+        for q_g, k_g, v_g, to_out, to_q, to_k, to_v in groups(q, k, v, grad, grad_q, grad_k, grad_v):
+            q_g, v_t = q_g * ctx.scale, v_g.transpose(1, 2)
+            for start, end in blocks(q.shape[1]):
+                p, g = next(probabilities), to_out[:, start:end]
+                grad_p = torch.bmm(g, v_t[..., :end])
+                grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+                to_v[:, :end] += torch.bmm(p.transpose(1, 2), g)
+                to_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q_g[:, start:end])
+                to_q[:, start:end] = torch.bmm(grad_s, k_g[:, :end])
+        return grad_q.mul_(ctx.scale), grad_k, grad_v, None
+
+
+def groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few heads of every tensor at a time."""
+    return zip(*(x.split(GROUP) for x in tensors), strict=True)
+
+
+def blocks(n_tokens: int) -> list[tuple[int, int]]:
+    """First row and end of each block."""
+    return [(start, min(start + BLOCK, n_tokens)) for start in range(0, n_tokens, BLOCK)]
+
+
+def above_diagonal(n: int, like: Tensor) -> Float[Tensor, "n n"]:
+    """−inf above the diagonal, 0 elsewhere: added, it hides the future."""
+    return like.new_full((n, n), float("-inf")).triu_(1)

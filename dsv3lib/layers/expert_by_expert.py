@@ -1,0 +1,85 @@
+"""The routed experts on a CPU: one expert's rows from gather to answer before the next expert's.
+
+The staged form (gather all, multiply all, gate all, multiply all) walks through memory that no cache holds,
+once for each stage. One expert's rows do fit, so here every stage finds them where the last one left them.
+Gate values are applied to the narrow hidden layer rather than to the answers, which then need not be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def experts_one_by_one(
+    x: Float[Tensor, "N D"],
+    weights: Float[Tensor, "N A"],
+    gate_up_proj: Float[Tensor, "E gate_up D"],
+    down_proj: Float[Tensor, "E D F"],
+    order: Int[Tensor, " NA"],
+    inverse: Int[Tensor, "N A"],
+    counts: Int[Tensor, " E"],
+) -> Float[Tensor, "N D"]:
+    """Σ_a g_a · down(silu(gate x) ⊙ up x) over each token's experts (second sum of Eq. 12).
+
+    Args:
+        x: tokens. weights: gate values g. gate_up_proj, down_proj: the experts' matrices.
+        order, inverse, counts: the visits sorted by expert, see ``experts.Visits``.
+
+    Returns:
+        The weighted answers; differentiable once in the first four.
+    """
+    return _OneByOne.apply(x, weights, gate_up_proj, down_proj, order, inverse, counts.tolist())
+
+
+def _segments(sizes: list[int], *sorted_rows: Tensor) -> Iterator[tuple[Tensor | int, ...]]:
+    """Each visited expert with its part of every tensor."""
+    for expert, parts in enumerate(zip(*(rows.split(sizes) for rows in sorted_rows), strict=True)):
+        if sizes[expert]:
+            yield expert, *parts
+
+
+class _OneByOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, w_in, w_out, order, inverse, sizes):
+        token = order // weights.shape[1]
+        g = weights.flatten().index_select(0, order).unsqueeze(1)
+        gate_up = x.new_empty(token.numel(), w_in.shape[1])
+        y = x.new_empty(token.numel(), x.shape[1])
+        for e, rows, g_e, both, answer in _segments(sizes, token, g, gate_up, y):
+            torch.mm(x.index_select(0, rows), w_in[e].t(), out=both)
+            gate, up = both.chunk(2, -1)
+            torch.mm(F.silu(gate).mul_(up).mul_(g_e), w_out[e].t(), out=answer)
+        ctx.save_for_backward(x, g, w_in, w_out, gate_up, token, inverse)
+        ctx.sizes = sizes
+        return _sum_home(y, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, g, w_in, w_out, gate_up, token, inverse = ctx.saved_tensors
+        grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
+        grad_g, grad_rows = torch.empty_like(g), x.new_empty(token.numel(), x.shape[1])
+        for e, rows, g_e, both, to_g, to_x in _segments(ctx.sizes, token, g, gate_up, grad_g, grad_rows):
+            gate, up = both.chunk(2, -1)
+            open_gate = F.silu(gate)
+            hidden = open_gate * up
+            answer = grad.index_select(0, rows)  # the answers' gradient
+            grad_hidden = torch.mm(answer, w_out[e])
+            torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
+            torch.mm(answer.t(), hidden.mul_(g_e), out=grad_out[e])
+            grad_hidden.mul_(g_e)
+            to_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+            grad_both = torch.cat([to_gate, grad_hidden.mul_(open_gate)], -1)
+            torch.mm(grad_both.t(), x.index_select(0, rows), out=grad_in[e])
+            torch.mm(grad_both, w_in[e], out=to_x)
+        grad_weights = grad_g.view(-1)[inverse]
+        return _sum_home(grad_rows, inverse), grad_weights, grad_in, grad_out, None, None, None
+
+
+def _sum_home(y: Tensor, inverse: Tensor) -> Tensor:
+    """Σ_a y[inverse[n, a]], in a fixed order: what an embedding layer calls a bag."""
+    return F.embedding_bag(inverse, y, mode="sum")
