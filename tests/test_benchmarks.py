@@ -1,0 +1,104 @@
+"""The CPU benchmark at a size where it takes a second: what it measures, refuses and writes. No speed is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bounds  # noqa: E402
+import cpu  # noqa: E402
+import measure  # noqa: E402
+import memory  # noqa: E402
+from ours import CONFIG, Ours  # noqa: E402
+from peer import Peer, backends  # noqa: E402
+
+SMALL = CONFIG.replace(
+    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=24,
+    qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+)  # fmt: skip
+
+
+def test_a_whole_run_writes_what_it_measured(tmp_path) -> None:
+    results = cpu.run(SMALL, (8, 16), (2, 8), budget_s=0.0, memory=False)
+    path = tmp_path / "cpu.json"
+    measure.write_json(path, results)
+    read = json.loads(path.read_text())
+    assert [(c["work"], c["context"]) for c in read["columns"]] == [
+        ("prefill", 8), ("decode", 8), ("prefill", 16), ("decode", 16), ("train", 8),
+    ]  # fmt: skip
+    assert {"cpu", "threads", "torch", "transformers", "commit", "date"} <= read["machine"].keys()
+    names = {str(b) for b in backends()}
+    for column in read["columns"]:
+        assert column["peer_backend"] in column["peer_backends_tried_ms"]
+        assert set(column["peer_backends_tried_ms"]) <= names
+        assert column["largest_difference"] <= cpu.TOLERANCE
+        assert column["ours"]["rounds"] == column["peer"]["rounds"] >= 3
+        assert column["ours"]["min_ms"] <= column["ours"]["median_ms"] <= column["ours"]["max_ms"]
+        expected = column["peer"]["median_ms"] / column["ours"]["median_ms"]
+        assert column["ratio"] == pytest.approx(expected, rel=1e-2)
+        assert column["limit_ms"] > 0
+    assert set(read["columns"][0]["peer_backends_tried_ms"]) == names, "every backend is tried at first"
+    assert not list(tmp_path.glob("*.tmp"))
+
+    from picture import draw
+
+    draw(read, tmp_path / "cpu.svg")
+    assert "times as fast" in (tmp_path / "cpu.svg").read_text() or (tmp_path / "cpu.svg").stat().st_size > 10_000
+
+
+@torch.inference_mode()
+def test_sides_that_differ_are_not_timed() -> None:
+    comparison = cpu.Comparison(SMALL, 0.0, progress=lambda name: None)
+    comparison.peer.model.lm_head.weight[0, 0] += 1.0
+    with pytest.raises(cpu.LogitsDiffer, match="prefill 8"):
+        comparison.prefill_and_decode(8)
+    assert not comparison.columns
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf")])
+def test_a_difference_is_refused(wrong: float) -> None:
+    with pytest.raises(cpu.LogitsDiffer):
+        cpu.same(torch.zeros(3), torch.tensor([0.0, wrong, 0.0]), "logits")
+
+
+def test_both_sides_hold_the_same_weights_and_gradients_in_every_backend() -> None:
+    ours = Ours(SMALL, seed=1)
+    peer = Peer(ours.model)
+    ids = torch.randint(SMALL.vocab_size, (2, 9))
+    expected = ours.train_step(ids)
+    for backend in backends():
+        peer.use(backend)
+        torch.testing.assert_close(peer.train_step(ids), expected)
+        theirs = dict(peer.model.named_parameters())
+        for name, parameter in ours.model.named_parameters():
+            torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_rounds_alternate_and_resets_are_outside() -> None:
+    calls: list[str] = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = measure.interleave(sides, 0.0, least=4, warm_up=1, reset=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-b" + "-a-b-b-a" * 2
+    assert [len(t.seconds) for t in timings.values()] == [4, 4]
+
+
+def test_bounds_follow_the_machine() -> None:
+    slow, fast = bounds.Limits(1e9, 1e9), bounds.Limits(2e9, 2e9)
+    model = Ours(SMALL, seed=0).model
+    assert bounds.prefill_seconds(SMALL, 64, slow) == 2 * bounds.prefill_seconds(SMALL, 64, fast)
+    assert bounds.decode_seconds(model, 64, slow) == 2 * bounds.decode_seconds(model, 64, fast)
+    assert bounds.decode_seconds(model, 640, slow) > bounds.decode_seconds(model, 64, slow)
+    assert bounds.train_seconds(SMALL, 2, 64, slow) == pytest.approx(6 * bounds.prefill_seconds(SMALL, 64, slow))
+
+
+def test_memory_of_another_process_and_its_failure() -> None:
+    peak = memory.peak_of("ours", "prefill", 64)
+    assert peak["peak_mib"] >= peak["before_mib"] > 10
+    with pytest.raises(RuntimeError, match="peer prefill 64"):
+        memory.peak_of("peer", "prefill", 64, "no such backend")
