@@ -185,3 +185,16 @@ def _visits_routed(model):
     for router in model.routers():
         router.register_forward_hook(lambda _module, _inputs, out: seen.append(out[0].numel()))
     return seen
+
+
+def test_nan_affinities_are_refused_before_they_win_every_choice():
+    config = ModelConfig.preset("nano")
+    scores = torch.rand(5, config.n_routed_experts)
+    scores[2, 3] = float("nan")
+    with pytest.raises(InputError, match=r"scores: 1 of 40 are NaN, expected affinities in \[0, 1\]"):
+        route(scores, torch.zeros(config.n_routed_experts), config)
+    model = DeepSeekV3(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 0] = float("nan")
+    with pytest.raises(InputError, match="the hidden state or the router's weight is spoilt"):
+        model(torch.tensor([[6, 7, 8]]))
