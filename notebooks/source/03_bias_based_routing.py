@@ -215,7 +215,7 @@ from dsv3lib.viz.load_history import relative
 figure, axes = style.figure("One number an expert, moved by a sign, keeps all of them at work", None, None, columns=3, size=(10.5, 3.4))
 for ax, way, title in zip(axes, ("none", "bias"), ("no balancing", "with the bias"), strict=False):
     heat_map(ax, relative(runs[way].tail().load.sum(0).numpy()), ["layer 1", "layer 2"], nano.n_group)
-    ax.set_title(f"{title}: load / mean", fontsize=11, fontweight="normal")
+    ax.set_title(f"{title}, last quarter", fontsize=11, fontweight="normal")
 for way, meaning in (("none", "neutral"), ("bias", "bias")):
     axes[2].plot(range(1, steps + 1), runs[way].batch_violation.mean(1), **style.line(meaning) | {"marker": "", "linestyle": "-"}, label=way)
 axes[2].set(xlabel="training step", ylabel="MaxVio of each batch", ylim=(0, None))
@@ -227,17 +227,11 @@ style.show(figure, "Two heat maps of experts: without balancing a few are dark r
 # Batch by batch, MaxVio still jumps: γ pushes by a fixed step, and in a run this short it must be large (0.01, ten times V3's).
 # Over the last quarter as a whole, the experts are level.
 #
-# Look into the run: move the step, choose a layer, choose a text domain. The bias curves fan out, then run level: each has
+# Look into the run: move the step, choose a layer (or click on its row), choose a text domain. The bias curves fan out, then run level: each has
 # found the height at which its expert gets its share.
 
 # %%
-from dsv3lib.viz.live import live
-
-
-def look(step, layer):
-    return with_bias.figure(step=step, layer=["layer 1", "layer 2"].index(layer))
-
-live(look, step=list(range(1, steps + 1)), layer=["layer 1", "layer 2"], start={"step": steps})
+with_bias
 
 # %% [markdown]
 # The same view follows a run in another process: `dsv3 watch runs/tiny`. It attaches to other people's models

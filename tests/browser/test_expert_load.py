@@ -137,6 +137,7 @@ def test_live_in_jupyterlab_while_a_cell_runs(
     lab.run_cell(2)
     drive(lab.page)
     assert lab.errors() == []
+    lab.close()
 
 
 @pytest.fixture
