@@ -65,6 +65,13 @@ def test_decode_figure_has_both_forms_in_both_panels_and_an_alt_text_without_mea
     assert [len(ax.lines) for ax in fig.axes] == [2, 2]
     assert "ms" in fig.axes[0].get_ylabel() and "millions" in fig.axes[1].get_ylabel()
     assert not any(character.isdigit() for character in alt)
+    assert "above everywhere" in alt
+
+
+def test_decode_figure_does_not_claim_what_was_not_measured() -> None:
+    times = {"expanded": [1.0, 9.0], "absorbed": [2.0, 3.0]}
+    _, alt = cache.decode_by_context([64, 128], times, times)
+    assert "in places only" in alt
 
 
 def test_directions_figure_draws_percent_and_both_floors() -> None:
@@ -73,8 +80,17 @@ def test_directions_figure_draws_percent_and_both_floors() -> None:
         {"best": {1: 3.0, 2: 2.5}, "random": {1: 3.6, 2: 3.5}},
         {"whole model": 2.4, "trained with 8": 2.3},
     )
+    assert "rises faster" in alt and "the former lower" in alt
     left, right = fig.axes
     assert list(left.lines[0].get_ydata()) == [50, 90, 100]
     assert [line.get_label() for line in right.lines] == ["best", "random", "whole model", "trained with 8"]
     assert not any(character.isdigit() for character in alt)
     assert style.png(fig).startswith(b"\x89PNG")
+
+
+def test_directions_figure_says_so_where_training_made_no_difference() -> None:
+    same = [0.2, 0.4, 0.6]
+    _, alt = cache.kept_by_directions(
+        {"trained": same, "untrained": same}, {"best": {1: 5.5, 2: 5.4}, "random": {1: 5.5, 2: 5.5}}, {}
+    )
+    assert "about as fast as" in alt and "close together" in alt

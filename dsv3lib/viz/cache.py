@@ -106,9 +106,11 @@ def decode_by_context(
         for form, row in values.items():
             ax.plot(contexts, row, **_stroke(form), label=form)
     left.legend(frameon=False)
+    above = all(slow > fast for slow, fast in zip(*milliseconds.values(), strict=True))
     alt = (
-        "Two panels on logarithmic axes, measured time and counted operations against cached tokens. In both, "
-        "the expanded form lies far above the absorbed one, and the gap widens to the right."
+        "Two panels on logarithmic axes, measured time and counted operations against cached tokens. The "
+        "operations of the expanded form lie far above those of the absorbed one, and the gap widens to the "
+        f"right; its time lies above {'everywhere' if above else 'in places only'}."
     )
     return fig, alt
 
@@ -121,8 +123,8 @@ def kept_by_directions(
     """What a few directions keep of all keys and values: their variance, and the model's loss.
 
     Args:
-        spectra: name → share of the variance kept by the best 1, 2, 3, … directions, 0 to 1.
-        losses: name → directions kept → loss in nats. floors: name → loss without any cut.
+        spectra: two of them, name → share of the variance kept by the best 1, 2, 3, … directions, 0 to 1.
+        losses: two of them, name → directions kept → loss in nats. floors: name → loss without any cut.
 
     Returns:
         The figure and its alt text.
@@ -144,10 +146,14 @@ def kept_by_directions(
         right.axhline(loss, color=style.INK, linewidth=1, linestyle=dash, label=name)
     for ax in (left, right):
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handlelength=3.2, frameon=False)
+    first, second = spectra
+    faster = sum(spectra[first]) > 1.05 * sum(spectra[second])
+    chosen, drawn = (row[sorted(row)[len(row) // 2]] for row in losses.values())
     alt = (
-        "Left: variance kept against directions kept; the trained model's curve rises far faster than the "
-        "untrained one's. Right: loss against directions kept; with the best directions it falls to that of "
-        "the whole model after a few, with random ones it stays high."
+        f"Left: variance kept against directions kept. The curve called {first} rises "
+        f"{'faster than' if faster else 'about as fast as'} the one called {second}. Right: loss against "
+        f"directions kept. Half-way, {' and '.join(losses)} "
+        f"{'lie far apart, the former lower' if drawn > chosen + 0.2 else 'lie close together'}."
     )
     return fig, alt
 

@@ -367,6 +367,7 @@ def fresh(rank):
 
 
 steps = min(STEPS, 20) if FAST else STEPS
+torch.set_num_threads(1)  # for so small a model, sharing the work between cores costs more than it saves
 print(f"{small.num_hidden_layers} layers, {small.num_attention_heads} heads, hidden size {small.hidden_size}")
 
 # %%
