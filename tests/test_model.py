@@ -333,3 +333,9 @@ def test_what_is_accepted_at_the_edges() -> None:
     model(IDS.int(), labels=IDS.int())
     model(IDS, lengths=torch.tensor([0, 3]))
     model(IDS, labels=torch.where(IDS > 3, -100, IDS))
+
+
+def test_the_chain_cannot_go_on_from_a_cache():
+    model = DeepSeekV3(ModelConfig.preset("nano"))
+    with pytest.raises(InputError, match="return_mtp"):
+        model(torch.zeros(1, 4, dtype=torch.int64), cache=LatentCache(model.config), return_mtp=True)

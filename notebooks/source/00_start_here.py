@@ -29,7 +29,7 @@
 # never stops *Run All*.
 
 # %% tags=["parameters"]
-STEPS = 100
+STEPS = 70
 SEED = 1234
 DEVICE = "auto"
 FAST = False
