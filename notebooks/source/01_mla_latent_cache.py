@@ -45,8 +45,8 @@ v3, tiny = ModelConfig.preset("v3-671b"), ModelConfig.preset("tiny")
 # %% [markdown]
 # ## One conversation, eight GPUs
 #
-# A transformer writes one token at a time, and each new token looks back at all tokens before it. It compares its *query*
-# with a *key* of each of them and mixes their *values*. Keys and values of the past do not change, so they are kept, in
+# A transformer writes one token at a time (it *decodes*), and each new token looks back at all tokens before it. It compares
+# its *query* with a *key* of each of them and mixes their *values*. Keys and values of the past do not change, so they are kept, in
 # every head of every layer. That store is the **KV cache**.
 #
 # V3 has 61 layers of 128 heads; a key has 192 numbers, a value 128. A number in BF16 takes two bytes. How much would the
@@ -127,7 +127,7 @@ for name, symbols in names.items():
 # d_h^R}}\right) \mathbf v_{j,i}$$
 #
 # The query goes through a latent of its own, $W^{DQ}$ and $W^{UQ}$ (Eqs. 6 to 9). Both latents are normalised to length
-# $\sqrt{\text{width}}$ before they are used (§4.2); that is `norm`.
+# $\sqrt{\text{width}}$ before they are used (§4.2); that is `norm`. (It has a learned factor for each number, which is 1 here.)
 
 # %%
 d_c, d_h, d_r, heads = tiny.kv_lora_rank, tiny.qk_nope_head_dim, tiny.qk_rope_head_dim, tiny.num_attention_heads
