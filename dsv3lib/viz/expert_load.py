@@ -41,7 +41,8 @@ _SIZE = (9.6, 6.4)
 _LEAST_PAUSE = 0.25
 """Seconds between two drawings of a live view …"""
 _BYTES_PER_SECOND = 4_000_000
-"""… and more where packets are large, so that the view never holds the training up."""
+_SHARE_OF_TIME = 0.1
+"""… and more where packets are large or slow to make, so that the view never holds the training up."""
 _MOST_BIAS_LINES = 32
 
 
@@ -119,10 +120,12 @@ class ExpertLoad:
         """
         if self._widget is None or (not now and time.monotonic() - self._drawn < self._pause):
             return False
+        started = time.monotonic()
         packet = self.history.packet(self.title)
         self._widget.packet = packet
         self._drawn = time.monotonic()
-        self._pause = max(_LEAST_PAUSE, len(packet) / _BYTES_PER_SECOND)
+        taken = self._drawn - started
+        self._pause = max(_LEAST_PAUSE, len(packet) / _BYTES_PER_SECOND, taken / _SHARE_OF_TIME)
         return True
 
     def say(self, state: str) -> None:

@@ -99,6 +99,7 @@ class LoadHistory:
         self.losses: list[float | None] = []
         self._load: list[np.ndarray] = []
         self._by_domain: list[np.ndarray] = []
+        self._violation: list[np.ndarray] = []
         self._bias = np.zeros((len(self.layers), self.experts), np.float32)
         self._biases: list[np.ndarray] = []
 
@@ -146,6 +147,7 @@ class LoadHistory:
     ) -> None:
         self.steps.append(step)
         self._load.append(load)
+        self._violation.append(relative(load).max(-1) - 1.0)
         self._by_domain.append(np.stack(by_domain) if by_domain else np.zeros((0, *load.shape), np.int64))
         self.speeds.append(speed)
         self.losses.append(None if not losses else losses.get("main"))
@@ -190,7 +192,7 @@ class LoadHistory:
     @property
     def violation(self) -> np.ndarray:
         """MaxVio, [steps, layers]."""
-        return relative(self.load).max(-1) - 1.0 if len(self) else np.zeros((0, len(self.layers)))
+        return np.stack(self._violation) if len(self) else np.zeros((0, len(self.layers)))
 
     def packet(self, title: str = "") -> bytes:
         """All that a page needs to draw the view: a JSON header, then the arrays that it lists, one by one.
@@ -201,8 +203,9 @@ class LoadHistory:
         size = load[:1].size * (1 + len(self.domains)) * _narrowest(load).itemsize or 1
         frames = max(1, min(MAX_FRAMES, len(self), MAX_BYTES // size))
         starts = np.linspace(0, len(self), frames + 1).astype(int)[:-1] if len(self) else np.zeros(0, int)
-        framed = np.add.reduceat(load, starts) if len(self) else load
-        framed_domains = np.add.reduceat(by_domain, starts) if len(self) else by_domain
+        thin = frames < len(self)
+        framed = np.add.reduceat(load, starts) if thin else load
+        framed_domains = np.add.reduceat(by_domain, starts) if thin else by_domain
         kind = _narrowest(framed)
         ends = [*starts[1:].tolist(), len(self)] if len(self) else []
         keep = np.unique(np.linspace(0, max(len(self) - 1, 0), _BIAS_FRAMES).astype(int))[: len(self)]
@@ -210,7 +213,7 @@ class LoadHistory:
             "load": framed.astype(kind),
             "domain": framed_domains.astype(kind),
             "violation": self.violation.astype("<f4"),
-            "bias": self.bias[keep].astype("<f4") if any(self.speeds) else np.zeros(0, "<f4"),
+            "bias": np.stack([self._biases[i] for i in keep]) if any(self.speeds) else np.zeros(0, "<f4"),
             "colours": _colours(),
         }
         header = {
