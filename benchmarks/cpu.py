@@ -140,7 +140,7 @@ class Comparison:
         del logits
         timings = interleave(
             {name: lambda s=side: s.logits(prompt, s.cache()) for name, side in sides.items()},
-            self.budget_s, least=5 if small else 3, warm_up=int(small),
+            self.budget_s, least=5 if small else 2, warm_up=int(small),
         )  # fmt: skip
         limit = bounds.prefill_seconds(self.config, context, self.limits)
         self.columns.append(Column("prefill", context, context, best, tried, timings, difference, limit))

@@ -182,7 +182,7 @@ class DeepSeekV3(nn.Module):
         embeddings = self.model.embed_tokens(input_ids)
         x, routings = embeddings, []
         n_main = self.config.num_hidden_layers
-        blocks = self.model.layers[:n_main]
+        blocks = list(self.model.layers)[:n_main]  # a slice of the ModuleList would build a new one
         if applies(x, step, self.config):
             hidden, routings = OneToken(self.config, step, x).forward(blocks, self.model.norm, x)
         else:
