@@ -127,7 +127,8 @@ function curves(area, data, title, xs, lines, marker, zero) {
   for (let t = 0; t <= 4; t++) {
     const y = low + ((high - low) * t) / 4;
     line(pen, box.left, py(y), box.left + box.width, py(y));
-    pen.fillText(high - low < 0.05 ? y.toFixed(3) : high - low < 5 ? y.toFixed(2) : y.toFixed(0), box.left - 4, py(y));
+    const digits = high - low < 0.2 ? 3 : high - low < 5 ? 2 : 0;
+    pen.fillText(y.toFixed(digits).replace(/^-(0\.?0*)$/, "$1"), box.left - 4, py(y));  // no minus zero
   }
   pen.textBaseline = "top"; pen.textAlign = "center";
   for (let t = 0; t <= 4; t++) {
