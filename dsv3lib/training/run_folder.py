@@ -53,6 +53,7 @@ def describe_run(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "total_steps": None,
+        "decided_after": None,
     }
 
 
@@ -132,10 +133,10 @@ def recorded_config(described: dict[str, Any]) -> TrainingConfig:
         ) from error
 
 
-def record_length(run: Path, total_steps: int) -> None:
+def record_length(run: Path, total_steps: int, decided_after: int) -> None:
     """Write down how many steps a run by the clock has, before any step depends on it."""
     described = read_run(run)
-    described["total_steps"] = total_steps
+    described["total_steps"], described["decided_after"] = total_steps, decided_after
     write_whole(run / _RUN_FILE, savepoint.json_text(described))
 
 

@@ -1,9 +1,10 @@
 """What changes during a run: learning rate, batch size, λ of the MTP loss and γ of the bias update (§4.2).
 
-Step s counts from 1. The warm-up is W steps long and knows nothing of the run's length N; everything after it
-is a function of the share (s − W − 1) / (N − W). A run by the clock therefore trains its warm-up at once,
-measures it, and only then fixes N, which is written down before step W + 1: whoever resumes the run, at any
-step, finds either no N and no step that needed it, or the N that every later step used.
+Step s counts from 1. The warm-up is W steps long and knows nothing of the run's length N; what comes after is a
+function of the share (s − D − 1) / (N − D). Where N is given, D is W. A run by the clock trains at once, measures
+itself, and fixes N after step D: at the end of the warm-up, or when a tenth of its time is gone, whichever comes
+first. N and D are written down before step D + 1: whoever resumes the run, at any step, finds either no N and no
+step that needed it, or the N that every later step used.
 
 *Differs from the paper*: shares are of steps after the warm-up, the paper's of tokens. At its sizes (2000 of
 about 240,000 steps) the two are alike.
@@ -25,23 +26,25 @@ class Schedule:
     Args:
         config: the run's settings.
         total_steps: N; ``None`` while a run by the clock has not decided it (then only s ≤ W is known).
+        decided_after: D; ``None`` is W.
     """
 
     config: TrainingConfig
     total_steps: int | None
+    decided_after: int | None = None
 
     def share(self, step: int) -> float:
-        """Share of the run after its warm-up that lies before ``step``: 0 in the warm-up, below 1 to the end.
+        """Share of the run after step D that lies before ``step``: 0 up to D, below 1 to the end.
 
         Raises:
             TrainingError: the step lies after the warm-up and the length of the run is not decided.
         """
-        warmup = self.config.warmup_steps
-        if step <= warmup:
+        begin = self.config.warmup_steps if self.decided_after is None else self.decided_after
+        if step <= begin:
             return 0.0
         if self.total_steps is None:
-            raise TrainingError(f"step {step}: the run's length must be decided by step {warmup}, it is not")
-        return (step - warmup - 1) / max(1, self.total_steps - warmup)
+            raise TrainingError(f"step {step}: the run's length must be decided by step {begin}, it is not")
+        return (step - begin - 1) / max(1, self.total_steps - begin)
 
     def learning_rate(self, step: int) -> float:
         """Linear rise, constant, cosine, rest and tail.
@@ -50,8 +53,7 @@ class Schedule:
         peak·(r + (1 − r)·(1 + cos πx) / 2), r the rest's ratio.
         """
         config = self.config
-        if step <= config.warmup_steps:
-            return config.learning_rate * step / config.warmup_steps
+        peak = config.learning_rate * min(1.0, step / config.warmup_steps)
         share, constant = self.share(step), config.constant_share
         cosine_end = constant + config.cosine_share
         if share < constant:
@@ -63,7 +65,7 @@ class Schedule:
             ratio = config.rest_ratio
         else:
             ratio = config.tail_ratio
-        return config.learning_rate * ratio
+        return peak * ratio
 
     def batch_size(self, step: int) -> int:
         """Sequences in this step: a straight line from the starting size to the whole, then constant."""

@@ -31,6 +31,9 @@ from .trainer import Record, Trainer
 PRESETS = ("nano", "tiny")
 DEFAULT_MINUTES = 2.0
 DEFAULT_SEQUENCE_LENGTH = 128
+# A run of minutes wants many small steps. Tiny, 100,000 tokens, learning rate 2e-3: validation loss 5.76 with 4
+# sequences a step, 5.84 growing from 2 to 8, 5.86 with 8; with 8, 5.93 at 4e-3.
+DEFAULT_BATCH_SIZE = 4
 EXIT_INTERRUPTED = 130
 _LINES = 12  # how many lines of losses a run prints, about
 _SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS, _TEMPERATURE = 3, 12, 48, 0.7
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fim-rate", type=float, help=f"share of documents told with a hole ({DEFAULT_FIM_RATE})"
     )
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--batch-size", type=int, help="sequences a step")
+    recipe.add_argument("--batch-size", type=int, help=f"sequences a step ({DEFAULT_BATCH_SIZE})")
     recipe.add_argument("--learning-rate", type=float, help="the peak")
     recipe.add_argument("--warmup-steps", type=int, help="steps of linear rise")
     recipe.add_argument(
@@ -126,6 +129,7 @@ def _begun(args: argparse.Namespace, console: Console) -> Trainer:
     options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
     if not {"steps", "tokens", "minutes"} & options.keys():
         options["minutes"] = DEFAULT_MINUTES
+    options.setdefault("batch_size", DEFAULT_BATCH_SIZE)
     if args.balance:
         options |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
     config = TrainingConfig(**options)

@@ -41,6 +41,8 @@ from .tokenizer import Tokenizer
 
 Record = dict[str, Any]
 Callback = Callable[["Trainer", Record], None]
+MEASURING_SHARE = 0.1
+"""Of a run by the clock, the most that may pass before its length is fixed: a slow machine shows itself soon."""
 
 
 class Trainer:
@@ -270,16 +272,18 @@ class Trainer:
         return self.config.steps
 
     def _decide_length(self) -> None:
-        """Fix the length of a run by the clock when its warm-up is over, on the disk before in memory."""
+        """Fix the length of a run by the clock once it is measured, on the disk before in memory."""
         config = self.config
-        if self.total_steps is not None or self.steps_done < config.warmup_steps:
+        if self.total_steps is not None:
+            return
+        budget = config.minutes * 60.0
+        if self.steps_done < config.warmup_steps and self.seconds < MEASURING_SHARE * budget:
             return
         recent = self._sequence_seconds[len(self._sequence_seconds) // 2 :]  # the first steps are slower
-        left = config.minutes * 60.0 - self.seconds
-        total = steps_for_seconds(config, self.steps_done, left, median(recent))
+        total = steps_for_seconds(config, self.steps_done, budget - self.seconds, median(recent))
         if self.out is not None:
-            run_folder.record_length(self.out, total)
-        self.schedule = Schedule(config, total)
+            run_folder.record_length(self.out, total, self.steps_done)
+        self.schedule = Schedule(config, total, self.steps_done)
         self._write_plan()
 
     def _write_plan(self) -> None:
@@ -302,7 +306,7 @@ class Trainer:
                         stacklevel=3,
                     )
             if recorded["total_steps"] is not None:
-                self.schedule = Schedule(self.config, recorded["total_steps"])
+                self.schedule = Schedule(self.config, recorded["total_steps"], recorded["decided_after"])
             if found is not None:
                 load_state(self, found)
             runlog.cut_log(self.out, self.steps_done)
