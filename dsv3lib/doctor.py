@@ -88,7 +88,7 @@ def check_torch() -> Finding:
 
 def check_triton(system: str = sys.platform) -> Finding:
     """Looks for Triton, which exists for Linux alone."""
-    without = "everything but the Triton kernels: each op has its PyTorch reference"
+    without = "everything: each operation has its PyTorch form"
     try:
         return Finding("triton", "ok", version("triton"), without)
     except PackageNotFoundError:
@@ -98,7 +98,7 @@ def check_triton(system: str = sys.platform) -> Finding:
 
 def check_gpu() -> Finding:
     """Looks for a CUDA device: its name, memory and architecture."""
-    without = "everything, on the CPU with small models; kernels can still be compiled and read"
+    without = "everything, on the CPU with small models"
     try:
         import torch
 
@@ -110,7 +110,7 @@ def check_gpu() -> Finding:
         return Finding("GPU", "missing", _in_words(error), without)
     value = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, sm_{capability[0]}{capability[1]}"
     if capability < FP8_CAPABILITY:
-        return Finding("GPU", "limited", value, "BF16 kernels; FP8 matrix products need sm_89 or newer")
+        return Finding("GPU", "limited", value, "everything; FP8 on the tensor cores needs sm_89 or newer")
     return Finding("GPU", "ok", value, without)
 
 

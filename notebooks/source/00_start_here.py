@@ -403,8 +403,8 @@ years = needed / mine / (365 * 86400)
 measured(f"This machine: {mine / 1e9:.0f} billion operations a second; V3 would take it {years:,.0f} years.")
 
 # %% [markdown]
-# The kernels that make a GPU that fast are written in Triton, and the notebooks after this one each show theirs. Here nothing
-# ran on a GPU unless the first cell named one.
+# Nothing here ran on a GPU unless the first cell named one. Where a later notebook quotes a speed, it names the machine on
+# which it was measured.
 #
 # ## Exercises
 
