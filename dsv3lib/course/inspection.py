@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from nbformat import NotebookNode
@@ -21,6 +22,7 @@ _ALT_REACH = 2
 """How many cells away a figure's alt text may stand in Markdown."""
 
 _FOREIGN_PATH = re.compile(r"(?<![\w.:/)+<*\]])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+Users\b")
+_LINK = re.compile(r"\]\(([^)\s#][^)\s]*)\)")
 _INSTALL = re.compile(r"\b(?:pip3?|conda|mamba|uv)\s+(?:pip\s+)?install\b")
 _ALT_MARKDOWN = re.compile(r"(?i)(?:\*\*?|_)?(?:figure|alt(?: text)?)\b[^\n]{15,}|!\[[^\]]{15,}\]")
 
@@ -115,6 +117,17 @@ def figure_problems(book: NotebookNode) -> list[str]:
         if not own and not said:
             found.append(f"cell {i} shows a figure without an alt text")
     return found
+
+
+def link_problems(book: NotebookNode, folder: Path) -> list[str]:
+    """Links to files that are not there; ``folder`` is the notebook's."""
+    return [
+        f"cell {i} links to {target}, which does not exist"
+        for i, cell in enumerate(book.cells)
+        if cell.cell_type == "markdown"
+        for target in _LINK.findall(cell.source)
+        if "://" not in target and not (folder / target.partition("#")[0]).exists()
+    ]
 
 
 def size_problems(book: NotebookNode, least: int, most: int) -> list[str]:

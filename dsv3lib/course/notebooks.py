@@ -139,7 +139,8 @@ def check(root: Path, stem: str) -> list[str]:
         book = pairing.read_notebook(path)
     except CourseError as error:
         return [str(error)]
-    return pairing.disagreements(source, book) + inspection.problems(book)
+    links = inspection.link_problems(book, path.parent)
+    return pairing.disagreements(source, book) + inspection.problems(book) + links
 
 
 def stems(root: Path) -> list[str]:

@@ -701,5 +701,6 @@ check("mla.4", decode_flops)
 #
 # ## Where next
 #
-# [02 · Decoupled RoPE](02_decoupled_rope.ipynb) turns to the 64 numbers that this notebook took as given. Or read
-# [dsv3lib/layers/attention.py](../dsv3lib/layers/attention.py): you have met all that it does.
+# [03 · Bias-based routing](03_bias_based_routing.ipynb) turns to the other half of a layer: which experts a token visits, and
+# why none of them is overrun. Or read [dsv3lib/layers/attention.py](../dsv3lib/layers/attention.py): you have met all that it
+# does.

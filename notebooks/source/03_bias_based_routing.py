@@ -589,5 +589,5 @@ progress()
 #
 # ## Where next
 #
-# [04 · The MTP chain](04_mtp_chain.ipynb) predicts more than one token at a time; its modules are mixtures too, with biases of their
-# own. To watch a longer run: `dsv3 train --steps 400 --out runs/mine` in one terminal and `dsv3 watch runs/mine` in another.
+# The modules that predict further tokens ([dsv3lib/layers/mtp.py](../dsv3lib/layers/mtp.py)) are mixtures too, with biases of
+# their own. To watch a longer run: `dsv3 train --steps 400 --out runs/mine` in one terminal and `dsv3 watch runs/mine` in another.

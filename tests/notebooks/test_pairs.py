@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import nbformat
 import pytest
 from lessons import PARAMETERS, ROOT, STEMS, bounds, notebook
 
@@ -69,3 +72,17 @@ def test_every_exercise_of_the_lesson_is_asked_and_checked(stem: str) -> None:
 
 def test_jupytext_is_told_the_same_pairing() -> None:
     assert f'formats = "{pairing.FORMATS}"' in (ROOT / "notebooks" / "jupytext.toml").read_text()
+
+
+@each_lesson
+def test_links_lead_somewhere(stem: str) -> None:
+    path = notebook(stem)
+    assert inspection.link_problems(pairing.read_notebook(path), path.parent) == []
+
+
+def test_a_link_to_nowhere_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "there.py").touch()
+    text = "[a](there.py) [b](there.py#part) [c](https://example.com/x) [d](#below) [e](not_there.ipynb)"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    found = inspection.link_problems(book, tmp_path)
+    assert found == ["cell 0 links to not_there.ipynb, which does not exist"]
