@@ -118,8 +118,8 @@ class OneToken:
         q_latent = torch.bmm(q[..., :nope], w[:, :nope])
         q_latent = torch.cat((q_latent, q[..., nope:]), -1).view(heads, -1)
         p = torch.softmax(torch.mm(q_latent, past.t()), -1)
-        u = torch.mm(p, past[:, :rank]).view(heads, rank, 1)
-        return add_linear(x, parts["o_proj"], torch.bmm(w[:, nope:], u).view(-1))
+        u = torch.mm(p, past[:, :rank]).view(heads, 1, rank)
+        return add_linear(x, parts["o_proj"], torch.bmm(u, w[:, nope:].transpose(1, 2)).view(-1))
 
     def turn_(self, x: Float[Tensor, "*H QK"], start: int) -> None:
         """RoPE in place on the dimensions from ``start``: neighbours are pairs, one complex product each."""
