@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import ModelConfig, YarnScaling
+    from .config import ModelConfig
     from .layers.cache import LatentCache
     from .model import DeepSeekV3, ModelOutput
+    from .rope_settings import YarnScaling
 
 __version__ = "0.1.0"
 __all__ = ["DeepSeekV3", "LatentCache", "ModelConfig", "ModelOutput", "YarnScaling", "__version__"]
@@ -21,7 +22,7 @@ _HOMES = {
     "LatentCache": "layers.cache",
     "ModelConfig": "config",
     "ModelOutput": "model",
-    "YarnScaling": "config",
+    "YarnScaling": "rope_settings",
 }
 
 

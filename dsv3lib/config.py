@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .checks import is_integer, is_number, require, require_integer
 from .errors import ConfigError
+from .rope_settings import YarnScaling, as_floats, read_rope, yarn_temperature
 
 PRESETS = ("nano", "tiny", "v3-671b")
 
@@ -40,43 +41,12 @@ _FIXED = {
 }
 
 
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN's settings (paper §4.3): how RoPE's frequencies are stretched past the trained length.
-
-    Args:
-        factor: how many times longer the context becomes (V3: 40).
-        original_max_position_embeddings: the length trained before the extension, in tokens (V3: 4096).
-        beta_fast: a dimension that turns more often than this over the original length is left alone.
-        beta_slow: one that turns less often than this is slowed down by the whole ``factor``.
-        mscale, mscale_all_dim: the two weights of the temperature 0.1·ln(factor) + 1; cos and sin are
-            multiplied by the ratio of the two temperatures, the softmax scale by the second one squared.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(
-            _is_number(self.factor) and self.factor >= 1, "rope_scaling.factor", self.factor, "a number >= 1"
-        )
-        _positive_int("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
-        ordered = (
-            _is_number(self.beta_fast) and _is_number(self.beta_slow) and self.beta_fast > self.beta_slow > 0
-        )
-        _require(
-            ordered,
-            "rope_scaling.beta_fast",
-            self.beta_fast,
-            f"more than beta_slow ({self.beta_slow}), which is > 0",
-        )
-        for name in ("mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            _require(_is_number(value) and value >= 0, f"rope_scaling.{name}", value, "a number >= 0")
+_POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+    "max_position_embeddings", "num_key_value_heads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,59 +125,61 @@ class ModelConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in _POSITIVE:
-            _positive_int(name, getattr(self, name))
+            require_integer(name, getattr(self, name), 1)
         for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 0, name, value, "an integer >= 0")
+            require(is_integer(value) and value >= 0, name, value, "an integer >= 0")
         if self.q_lora_rank is not None:
-            _positive_int("q_lora_rank", self.q_lora_rank)
+            require_integer("q_lora_rank", self.q_lora_rank, 1)
         for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            _require(_is_number(value) and value > 0, name, value, "a finite number > 0")
+            require(is_number(value) and value > 0, name, value, "a finite number > 0")
         for name in ("aux_loss_alpha", "mtp_loss_weight"):
             value = getattr(self, name)
-            _require(_is_number(value) and value >= 0, name, value, "a finite number >= 0")
+            require(is_number(value) and value >= 0, name, value, "a finite number >= 0")
         for name in ("norm_topk_prob", "rope_interleave", "attention_bias", "tie_word_embeddings"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         self._check_relations()
 
     def _check_relations(self) -> None:
         heads, layers = self.num_attention_heads, self.num_hidden_layers
         experts, groups, kept = self.n_routed_experts, self.n_group, self.topk_group
-        _require(
+        require(
             self.num_key_value_heads == heads, "num_key_value_heads", self.num_key_value_heads,
             f"num_attention_heads ({heads}): the latent replaces shared key-value heads",
         )  # fmt: skip
-        _require(
+        require(
             self.qk_rope_head_dim % 2 == 0,
             "qk_rope_head_dim",
             self.qk_rope_head_dim,
             "an even number (pairs)",
         )
-        _require(
+        require(
             self.first_k_dense_replace <= layers, "first_k_dense_replace", self.first_k_dense_replace,
             f"at most num_hidden_layers ({layers})",
         )  # fmt: skip
-        _require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
+        require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
         per_group = experts // groups
-        _require(
+        require(
             groups == 1 or per_group >= 2, "n_group", groups,
             f"at most n_routed_experts / 2 ({experts // 2}): a group is scored by its two best experts",
         )  # fmt: skip
-        _require(kept <= groups, "topk_group", kept, f"at most n_group ({groups})")
-        _require(
+        require(kept <= groups, "topk_group", kept, f"at most n_group ({groups})")
+        require(
             self.num_experts_per_tok <= kept * per_group, "num_experts_per_tok", self.num_experts_per_tok,
             f"at most the {kept * per_group} experts that the {kept} kept groups of {per_group} hold",
         )  # fmt: skip
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            inside = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
-            _require(inside, name, value, f"null or an integer in [0, {self.vocab_size})")
+            inside = value is None or (is_integer(value) and 0 <= value < self.vocab_size)
+            require(inside, name, value, f"null or an integer in [0, {self.vocab_size})")
         if self.rope_scaling is not None:
             is_yarn = isinstance(self.rope_scaling, YarnScaling)
-            _require(is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)")
+            require(
+                is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)"
+            )
             reach = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
-            _require(
+            require(
                 self.max_position_embeddings <= math.ceil(reach), "max_position_embeddings",
                 self.max_position_embeddings,
                 f"at most rope_scaling.factor x original_max_position_embeddings ({reach:g})",
@@ -286,7 +258,7 @@ class ModelConfig:
         fields = {k: v for k, v in fields.items() if k not in _NOT_OF_THE_MODEL}
         for name, only in _FIXED.items():
             value = fields.pop(name, only)
-            _require(value == only, name, value, f"{only!r}, the only value that DeepSeek-V3 uses")
+            require(value == only, name, value, f"{only!r}, the only value that DeepSeek-V3 uses")
         # transformers writes sizes that follow from others, and its own name for the MTP depth.
         head_dim = fields.pop("head_dim", None)
         qk_head_dim = fields.pop("qk_head_dim", None)
@@ -296,10 +268,10 @@ class ModelConfig:
         ):
             if alias in fields:
                 value = fields.pop(alias)
-                _require(fields.setdefault(name, value) == value, alias, value, f"{name} ({fields[name]})")
+                require(fields.setdefault(name, value) == value, alias, value, f"{name} ({fields[name]})")
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = fields["eos_token_id"][0] if fields["eos_token_id"] else None
-        fields.update(_read_rope(fields))
+        fields.update(read_rope(fields))
         # In config.json a null means «as the default», but for the three fields where null is a value.
         known = {f.name: f for f in dataclasses.fields(cls)}
         nullable = {"q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -314,16 +286,16 @@ class ModelConfig:
             raise ConfigError(
                 f"missing field {missing[0]!r}" + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
             )
-        config = cls(**_as_floats(cls, fields))
+        config = cls(**as_floats(cls, fields))
         if head_dim is not None:
-            _require(
+            require(
                 head_dim == config.qk_rope_head_dim,
                 "head_dim",
                 head_dim,
                 f"qk_rope_head_dim ({config.qk_rope_head_dim})",
             )
         if qk_head_dim is not None:
-            _require(
+            require(
                 qk_head_dim == config.qk_head_dim,
                 "qk_head_dim",
                 qk_head_dim,
@@ -354,89 +326,3 @@ class ModelConfig:
         if "num_attention_heads" in changes:
             changes.setdefault("num_key_value_heads", changes["num_attention_heads"])
         return dataclasses.replace(self, **changes)
-
-
-def yarn_temperature(factor: float, weight: float) -> float:
-    """0.1·weight·ln(factor) + 1, the attention temperature of YaRN; 1 where nothing is stretched."""
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-_POSITIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
-    "max_position_embeddings", "num_key_value_heads",
-)  # fmt: skip
-
-
-def _read_rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Take RoPE's settings out of ``fields``, in the released form, transformers' form, or both if they agree."""
-    old, new = fields.pop("rope_scaling", None), fields.pop("rope_parameters", None)
-    theta = fields.pop("rope_theta", None)
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        is_settings = value is None or isinstance(value, Mapping | YarnScaling)
-        _require(is_settings, name, value, "null or an object with YaRN's settings")
-    found: dict[str, Any] = {}
-    if old is not None:
-        found["rope_scaling"] = old if isinstance(old, YarnScaling) else _read_yarn(dict(old), "rope_scaling")
-    if new is not None:
-        new = dict(new)
-        inner = new.pop("rope_theta", None)
-        if inner is not None:
-            _require(theta in (None, inner), "rope_theta", theta, f"rope_parameters.rope_theta ({inner})")
-            theta = inner
-        yarn = _read_yarn(new, "rope_parameters")
-        agrees = "rope_scaling" not in found or found["rope_scaling"] == yarn
-        _require(agrees, "rope_parameters", new, "what rope_scaling says, or only one of the two fields")
-        found["rope_scaling"] = yarn
-    if theta is not None:
-        found["rope_theta"] = theta
-    return found
-
-
-def _read_yarn(settings: dict[str, Any], where: str) -> YarnScaling | None:
-    """YaRN's settings from a JSON object; ``None`` for plain RoPE."""
-    names = {settings.pop("type", None), settings.pop("rope_type", None)} - {None}
-    _require(len(names) <= 1, f"{where}.type", names, "one type")
-    kind = names.pop() if names else "default"
-    _require(kind in ("default", "yarn"), f"{where}.type", kind, "'yarn' or 'default'")
-    if settings.pop("truncate", True) is not True:
-        raise ConfigError(
-            f"{where}.truncate: False, expected true (V3 rounds the ramp's ends to whole dimensions)"
-        )
-    settings.pop("rope_theta", None)
-    if kind == "default":
-        _require(not settings, where, settings, "nothing but the type, as the type is 'default'")
-        return None
-    known = {f.name for f in dataclasses.fields(YarnScaling)}
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown field '{where}.{name}'; YaRN takes {', '.join(sorted(known))}")
-    settings = {k: v for k, v in settings.items() if v is not None}
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in settings:
-            raise ConfigError(f"missing field '{where}.{name}'")
-    return YarnScaling(**_as_floats(YarnScaling, settings))
-
-
-def _as_floats(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON writes 10000 where 10000.0 is meant."""
-    floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
-    return {k: float(v) if k in floats and _is_int(v) and _is_number(v) else v for k, v in fields.items()}
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _positive_int(name: str, value: Any) -> None:
-    _require(_is_int(value) and value > 0, name, value, "an integer > 0")
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: {value!r}, expected {expected}")

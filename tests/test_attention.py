@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from strategies import SEEDS, assert_rejects, build, configs, randomize, small, tokens
 
 from dsv3lib import ModelConfig
-from dsv3lib.config import yarn_temperature
 from dsv3lib.layers.attention import MultiHeadLatentAttention, Step, absorbed_is_cheaper
 from dsv3lib.layers.rope import RotaryEmbedding
+from dsv3lib.rope_settings import yarn_temperature
 
 CASES = {
     "config": configs(max_layers=1, mtp=0),

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from strategies import configs, small, unchecked
 
 from dsv3lib import ModelConfig, YarnScaling
-from dsv3lib.config import PRESETS, yarn_temperature
+from dsv3lib.config import PRESETS
 from dsv3lib.errors import ConfigError, Dsv3Error
+from dsv3lib.rope_settings import yarn_temperature
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 

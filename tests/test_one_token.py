@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 import dsv3lib.model
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
-from dsv3lib.config import YarnScaling
 from dsv3lib.errors import InputError
 from dsv3lib.layers import one_token
 from dsv3lib.layers.attention import Step
 from dsv3lib.layers.one_token import applies, route_one
 from dsv3lib.layers.router import route
+from dsv3lib.rope_settings import YarnScaling
 
 NANO = ModelConfig.preset("nano")
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64, mscale_all_dim=1.0)

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
-from dsv3lib.config import YarnScaling
 from dsv3lib.errors import InputError
 from dsv3lib.inference.acceptance import Round, SpeculationStatistics, expected_tokens_per_pass
 from dsv3lib.inference.drafter import Drafter
 from dsv3lib.inference.request import Request, prefill
 from dsv3lib.inference.sampling import Sampler
 from dsv3lib.inference.speculative import Speculation, Verdict, speculate, verify
+from dsv3lib.rope_settings import YarnScaling
 
 VOCAB = 24
 NEVER = ()

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from ..config import ModelConfig, YarnScaling, yarn_temperature
+from ..config import ModelConfig
+from ..rope_settings import YarnScaling, yarn_temperature
 
 
 def yarn_ramp(scaling: YarnScaling, dim: int, theta: float) -> Float[Tensor, " half"]:

@@ -9,11 +9,11 @@ up (see ``schedule.py``).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import is_number, require, require_integer
 from ..errors import ConfigError
 from .balance import DEFAULT_SPEED
 
@@ -102,28 +102,28 @@ class TrainingConfig:
             found = ", ".join(given) or "none of them"
             raise ConfigError(f"steps, tokens, minutes: {found} given, expected exactly one place to stop")
         for name in ("batch_size", "keep_checkpoints"):
-            _whole(name, getattr(self, name), 1)
+            require_integer(name, getattr(self, name), 1)
         for name in ("steps", "tokens", "batch_size_start", "checkpoint_every", "validate_every", "threads"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                require_integer(name, getattr(self, name), 1)
         if self.warmup_steps is None:
             few = DEFAULT_WARMUP_STEPS if self.steps is None else self.steps // 5
             object.__setattr__(self, "warmup_steps", max(1, min(DEFAULT_WARMUP_STEPS, few)))
         if self.batch_size_start is None:
             object.__setattr__(self, "batch_size_start", max(1, self.batch_size // 4))
-        _whole("warmup_steps", self.warmup_steps, 1)
+        require_integer("warmup_steps", self.warmup_steps, 1)
         for name in ("batch_warmup_steps", "validation_batches", "seed"):
-            _whole(name, getattr(self, name), 0)
+            require_integer(name, getattr(self, name), 0)
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        _require(
+        require(
             self.batch_size_start <= self.batch_size, "batch_size_start", self.batch_size_start,
             f"at most batch_size ({self.batch_size})",
         )  # fmt: skip
         for name in ("minutes", "learning_rate", "epsilon", "gradient_clip"):
             value = getattr(self, name)
-            _require(value is None or (_number(value) and value > 0), name, value, "a finite number > 0")
+            require(value is None or (is_number(value) and value > 0), name, value, "a finite number > 0")
         for name in (
             "weight_decay",
             "mtp_loss_weight",
@@ -132,20 +132,20 @@ class TrainingConfig:
             "aux_loss_alpha",
         ):
             value = getattr(self, name)
-            fits = value is None and name == "aux_loss_alpha" or _number(value) and value >= 0
-            _require(fits, name, value, "a finite number >= 0")
+            fits = value is None and name == "aux_loss_alpha" or is_number(value) and value >= 0
+            require(fits, name, value, "a finite number >= 0")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(_number(value) and 0 <= value < 1, name, value, "at least 0 and below 1")
+            require(is_number(value) and 0 <= value < 1, name, value, "at least 0 and below 1")
         shares = ("constant_share", "cosine_share", "rest_share")
         for name in (*shares, "rest_ratio", "tail_ratio"):
             value = getattr(self, name)
-            _require(_number(value) and 0 <= value <= 1, name, value, "between 0 and 1")
+            require(is_number(value) and 0 <= value <= 1, name, value, "between 0 and 1")
         total = sum(getattr(self, name) for name in shares)
-        _require(total <= 1 + 1e-12, " + ".join(shares), total, "at most 1 (they are shares of one run)")
+        require(total <= 1 + 1e-12, " + ".join(shares), total, "at most 1 (they are shares of one run)")
         scopes = ("sequence", "batch")
-        _require(self.aux_loss_over in scopes, "aux_loss_over", self.aux_loss_over, " or ".join(scopes))
-        _require(isinstance(self.bf16_moments, bool), "bf16_moments", self.bf16_moments, "true or false")
+        require(self.aux_loss_over in scopes, "aux_loss_over", self.aux_loss_over, " or ".join(scopes))
+        require(isinstance(self.bf16_moments, bool), "bf16_moments", self.bf16_moments, "true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""
@@ -165,17 +165,3 @@ class TrainingConfig:
                     f"unknown training field {name!r}; see TrainingConfig for the fields there are"
                 )
         return cls(**fields)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    _require(fits, name, value, f"a whole number >= {least}")
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: {value!r}, expected {expected}")

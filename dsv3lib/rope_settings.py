@@ -1,0 +1,114 @@
+"""RoPE's settings in a configuration: YaRN's numbers, and the two forms in which released files write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import is_integer, is_number, require, require_integer
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's settings (paper §4.3): how RoPE's frequencies are stretched past the trained length.
+
+    Args:
+        factor: how many times longer the context becomes (V3: 40).
+        original_max_position_embeddings: the length trained before the extension, in tokens (V3: 4096).
+        beta_fast: a dimension that turns more often than this over the original length is left alone.
+        beta_slow: one that turns less often than this is slowed down by the whole ``factor``.
+        mscale, mscale_all_dim: the two weights of the temperature 0.1·ln(factor) + 1; cos and sin are
+            multiplied by the ratio of the two temperatures, the softmax scale by the second one squared.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            is_number(self.factor) and self.factor >= 1, "rope_scaling.factor", self.factor, "a number >= 1"
+        )
+        require_integer(
+            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1
+        )
+        ordered = (
+            is_number(self.beta_fast) and is_number(self.beta_slow) and self.beta_fast > self.beta_slow > 0
+        )
+        require(
+            ordered,
+            "rope_scaling.beta_fast",
+            self.beta_fast,
+            f"more than beta_slow ({self.beta_slow}), which is > 0",
+        )
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, f"rope_scaling.{name}", value, "a number >= 0")
+
+
+def yarn_temperature(factor: float, weight: float) -> float:
+    """0.1·weight·ln(factor) + 1, the attention temperature of YaRN; 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def read_rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take RoPE's settings out of ``fields``, in the released form, transformers' form, or both if they agree."""
+    old, new = fields.pop("rope_scaling", None), fields.pop("rope_parameters", None)
+    theta = fields.pop("rope_theta", None)
+    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
+        is_settings = value is None or isinstance(value, Mapping | YarnScaling)
+        require(is_settings, name, value, "null or an object with YaRN's settings")
+    found: dict[str, Any] = {}
+    if old is not None:
+        found["rope_scaling"] = old if isinstance(old, YarnScaling) else _read_yarn(dict(old), "rope_scaling")
+    if new is not None:
+        new = dict(new)
+        inner = new.pop("rope_theta", None)
+        if inner is not None:
+            require(theta in (None, inner), "rope_theta", theta, f"rope_parameters.rope_theta ({inner})")
+            theta = inner
+        yarn = _read_yarn(new, "rope_parameters")
+        agrees = "rope_scaling" not in found or found["rope_scaling"] == yarn
+        require(agrees, "rope_parameters", new, "what rope_scaling says, or only one of the two fields")
+        found["rope_scaling"] = yarn
+    if theta is not None:
+        found["rope_theta"] = theta
+    return found
+
+
+def _read_yarn(settings: dict[str, Any], where: str) -> YarnScaling | None:
+    """YaRN's settings from a JSON object; ``None`` for plain RoPE."""
+    names = {settings.pop("type", None), settings.pop("rope_type", None)} - {None}
+    require(len(names) <= 1, f"{where}.type", names, "one type")
+    kind = names.pop() if names else "default"
+    require(kind in ("default", "yarn"), f"{where}.type", kind, "'yarn' or 'default'")
+    if settings.pop("truncate", True) is not True:
+        raise ConfigError(
+            f"{where}.truncate: False, expected true (V3 rounds the ramp's ends to whole dimensions)"
+        )
+    settings.pop("rope_theta", None)
+    if kind == "default":
+        require(not settings, where, settings, "nothing but the type, as the type is 'default'")
+        return None
+    known = {f.name for f in dataclasses.fields(YarnScaling)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown field '{where}.{name}'; YaRN takes {', '.join(sorted(known))}")
+    settings = {k: v for k, v in settings.items() if v is not None}
+    for name in ("factor", "original_max_position_embeddings"):
+        if name not in settings:
+            raise ConfigError(f"missing field '{where}.{name}'")
+    return YarnScaling(**as_floats(YarnScaling, settings))
+
+
+def as_floats(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON writes 10000 where 10000.0 is meant."""
+    floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
+    return {k: float(v) if k in floats and is_integer(v) and is_number(v) else v for k, v in fields.items()}
