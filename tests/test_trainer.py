@@ -410,6 +410,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(make, 
     assert again.steps_done == 2 and again.run(progress=False)["reason"] == "finished"
 
 
+def test_weights_that_spoil_a_router_stop_the_run_with_the_step(make, tmp_path):
+    trainer = make(tmp_path / "run", steps=6)
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.model.embed_tokens.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match="step 2: .*[Nn]a[Nn].*no save point yet"):
+        trainer.step()
+
+
 def test_a_gradient_that_is_not_finite_is_told_before_the_weights_change(make):
     trainer = make(steps=3)
     trainer.step()

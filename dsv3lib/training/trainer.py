@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import TrainingError
+from ..errors import InputError, TrainingError
 from ..model import DeepSeekV3
 from . import run_folder, runlog, savepoint
 from .average import WeightAverage
@@ -206,11 +206,14 @@ class Trainer:
         model.train()
         model.mtp_loss_weight = schedule.mtp_loss_weight(step)
         self.optimizer.zero_grad()
-        out = model(
-            batch.input_ids.to(self.device),
-            labels=batch.labels.to(self.device),
-            document_ids=batch.document_ids.to(self.device),
-        )
+        try:
+            out = model(
+                batch.input_ids.to(self.device),
+                labels=batch.labels.to(self.device),
+                document_ids=batch.document_ids.to(self.device),
+            )
+        except InputError as error:  # a router met NaN before there was a loss to look at
+            raise TrainingError(f"step {step}: {error}; {self._what_stands()}") from error
         losses = {name: part.item() for name, part in out.losses.items()}
         for name, value in {**losses, "total": out.loss.item()}.items():
             self._refuse_not_finite(step, f"loss ({name})", value)
@@ -255,14 +258,16 @@ class Trainer:
         return dict(zip(names, loads.tolist(), strict=True))
 
     def _refuse_not_finite(self, step: int, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {step}: {what} is {value}, expected a finite number; {self._what_stands()}. A lower "
+                "learning rate or a longer warm-up is the usual way out"
+            )
+
+    def _what_stands(self) -> str:
         kept = None if self.out is None else savepoint.latest_savepoint(self.out)
         where = f"the last save point is {kept}" if kept else "there is no save point yet"
-        raise TrainingError(
-            f"step {step}: {what} is {value}, expected a finite number; the weights were not changed by this "
-            f"step, {where}. A lower learning rate or a longer warm-up is the usual way out"
-        )
+        return f"the weights were not changed by this step, {where}"
 
     # ---- the run's length ----------------------------------------------------------------------------
 
