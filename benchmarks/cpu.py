@@ -33,6 +33,7 @@ from dsv3lib import ModelConfig
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 CONTEXTS = (128, 512, 2048, 8192)
 TRAIN_BATCH = (8, 256)
+DECODE_TOKENS = 16  # in a row in each round
 TOLERANCE = 1e-4  # largest difference of logits (FP32, of order 1) and of gradients relative to the largest
 GIVE_UP = 3.0  # a backend this many times slower than the best is not tried at greater lengths
 BOUND_BY = {
@@ -51,9 +52,10 @@ class Column:
     """One measured column.
 
     Args:
-        work: "prefill", "decode" or "train". context: tokens. tokens: how many one call makes or reads.
+        work: "prefill", "decode" or "train". context: tokens. tokens: how many one round makes or reads.
         backend: the peer's fastest. tried: its candidates and their seconds.
-        difference: largest difference of logits (or of the loss). bound: the machine's limits → seconds.
+        difference: largest difference of logits (or of the loss).
+        bound: seconds at the machine's limits, for one call or, when decoding, for one token.
     """
 
     work: str
@@ -71,9 +73,13 @@ class Column:
         """How many times faster we are."""
         return self.timings["peer"].median / self.timings["ours"].median
 
+    def limit_s(self, limits: bounds.Limits) -> float:
+        """The least seconds that one round could take on this machine."""
+        return self.bound(limits) * (self.tokens if self.work == "decode" else 1)
+
     def as_json(self, limits: bounds.Limits) -> dict[str, Any]:
         """The column for the results file."""
-        bound_s = self.bound(limits)
+        bound_s = self.limit_s(limits)
         ours, peer = self.timings["ours"], self.timings["peer"]
         return {
             "work": self.work,
@@ -163,23 +169,28 @@ class Comparison:
             if surplus:
                 caches["peer"].crop(-surplus)
 
-        def peer_step() -> torch.Tensor:
-            crop()
-            return self.peer.logits(token, caches["peer"])
+        def generate(side: str) -> None:
+            """Several tokens in a row, as generation goes: the caches of the machine hold what it uses."""
+            for _ in range(DECODE_TOKENS):
+                sides[side].logits(token, caches[side])
 
-        best, tried = self.fastest("decode", peer_step, 10 if small else 3)
+        def peer_alone() -> None:
+            crop()
+            generate("peer")
+
+        best, tried = self.fastest("decode", peer_alone, 3 if small else 1)
         crop()
         difference = same(
             self.ours.logits(token, caches["ours"]),
             self.peer.logits(token, caches["peer"]),
             f"decode {context}",
         )
-        timings = interleave(
-            {name: lambda n=name, s=side: s.logits(token, caches[n]) for name, side in sides.items()},
-            self.budget_s, least=10, most=300, warm_up=3, reset=crop,
-        )  # fmt: skip
-        limit = partial(bounds.decode_seconds, self.ours.model, context)
-        self.columns.append(Column("decode", context, 1, best, tried, timings, difference, limit))
+        calls = {name: partial(generate, name) for name in sides}
+        timings = interleave(calls, self.budget_s, least=4, warm_up=1, reset=crop)
+        per_token = partial(bounds.decode_seconds, self.ours.model, context)
+        self.columns.append(
+            Column("decode", context, DECODE_TOKENS, best, tried, timings, difference, per_token)
+        )
 
     def train(self, batch: int, tokens: int) -> None:
         """Forward and backward of one batch."""
@@ -241,7 +252,7 @@ def table(columns: list[Column], limits: bounds.Limits) -> Table:
         need = {side: m["peak_mib"] - m["before_mib"] for side, m in c.memory.items()}
         memory = f"{need['ours']:.0f} / {need['peer']:.0f} MiB" if need else ""
         rate = {name: f"{c.tokens / t.median:,.0f}" for name, t in c.timings.items()}
-        share = f"{c.bound(limits) / c.timings['ours'].median:.0%}"
+        share = f"{c.limit_s(limits) / c.timings['ours'].median:.0%}"
         name = f"{c.work} {c.context}"
         shown.add_row(
             name,
