@@ -26,7 +26,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for axes, key in ((left, "ratio"), (right, "share_of_limit")):
             bars = axes.bar(names, [c[key] for c in columns], color=[COLOURS[c["work"]] for c in columns])
-            axes.bar_label(bars, [f"{c[key]:.1f}×" if key == "ratio" else f"{c[key]:.0%}" for c in columns])
+            axes.bar_label(bars, [f"{c[key]:.2f}×" if key == "ratio" else f"{c[key]:.0%}" for c in columns])
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlabel("work and context (tokens)")
             axes.margins(y=0.12)
