@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
+from dsv3lib.memory import allocate
 
 # The size at which both sides are compared: small enough for two cores, large enough that matrix products
 # matter. MTP and the balance loss are off, because transformers trains neither.
@@ -27,7 +28,10 @@ class Ours:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.model = DeepSeekV3(config, generator=generator)
+        with torch.device("meta"):
+            self.model = DeepSeekV3(config)
+        allocate(self.model, torch.float32)  # as from_pretrained does
+        self.model.initialize(generator)
         for router in self.model.routers():  # biases of a trained model's size, so that they decide something
             router.e_score_correction_bias.normal_(0.0, 0.05, generator=generator)
 

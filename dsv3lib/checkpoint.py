@@ -25,6 +25,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import CheckpointError, KernelError, SaveError
 from .kernels import dequantize, quantize_blocks
+from .memory import allocate
 
 if TYPE_CHECKING:
     from .model import DeepSeekV3
@@ -222,7 +223,10 @@ def load(
             dtype = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16}.get(
                 stored, torch.bfloat16
             )
-        model.to_empty(device=device) if _is_meta(model) else model.to(device)
+        if _is_meta(model) and torch.device(device).type == "cpu":
+            allocate(model, dtype)
+        else:
+            model.to_empty(device=device) if _is_meta(model) else model.to(device)
         if model.config.tie_word_embeddings:  # leaving the meta device makes one shared matrix two
             model.lm_head.weight = model.model.embed_tokens.weight
         model.to(dtype)
