@@ -613,13 +613,12 @@ for n in (128, 16):
     intensity = flop / (2 * v3.latent_dim)
     print(f"{n:3} heads: {intensity:3.0f} operations a byte, {100 * intensity / balance:.0f} % of the GPU's {balance:.0f}")
 results = {one.name: json.loads(one.read_text()) for one in sorted(Path("../data/results").glob("*.json"))}
-for name, result in results.items():
-    for row in result.get("columns", []):
-        if row.get("work") == "decode":
-            speed, ratio = row["ours_tokens_per_s"], row["ratio"]
-            measured(f"{name} · {row['context']:,} cached: {speed:.0f} tokens/s, {ratio:.1f} × transformers.")
+rows = [(name, row) for name, result in results.items() for row in result.get("columns", []) if row["work"] == "decode"]
+say = "{} · {:,} cached: {:.0f} tokens/s, {:.1f} × transformers.".format
+lines = [say(name, r["context"], r["ours_tokens_per_s"], r["ratio"]) for name, r in rows]
 on_gpu = [name for name in results if name.startswith("gpu")]
-measured(f"GPU results: {', '.join(on_gpu) or 'none has been measured yet'}. This notebook ran on: {session.device}.")
+lines += [f"GPU results: {', '.join(on_gpu) or 'none has been measured yet'}. This notebook ran on: {session.device}."]
+measured("\n".join(lines))  # one output, however many results there are
 
 # %% [markdown]
 # With all 128 heads on one GPU, decoding is close to the point where arithmetic limits it. If the heads are split over eight
