@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from dsv3lib.files import write_whole
+
 Call = Callable[[], Any]
 
 
@@ -142,8 +144,5 @@ def commit() -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result whole: to a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a result: the old file stands until the new one is whole."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -161,7 +161,7 @@ def test_the_page_holds_everything_itself(run, tmp_path):
     packet = base64.b64decode(re.search(r'const text = "([^"]+)"', text).group(1))
     assert packet == view.history.packet(view.title)
     with pytest.raises(SaveError, match="cannot be written"):
-        view.save_page(tmp_path / "no" / "such" / "folder.html")
+        view.save_page(tmp_path / "load.html" / "a file is no folder.html")
 
 
 def test_a_log_from_another_config_is_refused(run):

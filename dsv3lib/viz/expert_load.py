@@ -16,7 +16,6 @@ bias over time, who works for which text, and what each node (a group of experts
 from __future__ import annotations
 
 import html
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..config import ModelConfig
-from ..errors import InputError, SaveError
+from ..errors import InputError
+from ..files import write_whole
 from . import style
 from .load_history import CLIP, DOMAIN_STEPS, LoadHistory, relative
 
@@ -163,13 +163,7 @@ class ExpertLoad:
             SaveError: it cannot be written.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.new")
-        try:
-            temporary.write_text(self.page(), encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise SaveError(f"{path}: the page cannot be written ({error.strerror})") from error
+        write_whole(path, self.page())
         return path
 
     def figure(
