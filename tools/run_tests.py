@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 PARALLEL = ["-n", "2", "--dist", "loadfile"]
+APART = ("browser", "kernels", "compile")  # folders under tests/ that are phases of their own
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", "--nbval-sanitize-with"]
 
 
@@ -27,7 +28,9 @@ def phases() -> dict[str, list[str]]:
     notebooks = sorted(str(path.relative_to(ROOT)) for path in found)
     commands = {
         "lint": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
-        "unit": [*PYTEST, *PARALLEL, "--ignore=tests/browser", "tests"],
+        "unit": [*PYTEST, *PARALLEL, *[f"--ignore=tests/{folder}" for folder in APART], "tests"],
+        "kernels": [*PYTEST, *PARALLEL, "tests/kernels"],
+        "compile": [*PYTEST, "-n", "2", "--dist", "load", "tests/compile"],
     }
     if notebooks:
         commands["nbval"] = [*PYTEST, *PARALLEL, *NBVAL, "tests/notebooks/sanitize.cfg", *notebooks]
@@ -39,11 +42,20 @@ def phases() -> dict[str, list[str]]:
 def environment(phase: str, scratch: Path) -> dict[str, str]:
     """Returns the environment of a phase; the notebooks get one that leaves the learner's own progress alone."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if phase == "kernels" and not _has_gpu():
+        variables["TRITON_INTERPRET"] = "1"  # read when triton is first imported, hence a phase of its own
     if phase == "nbval":
         from dsv3lib.course.notebooks import environment as of_notebooks
 
         variables |= of_notebooks(scratch) | {"OMP_NUM_THREADS": "1"}
     return variables
+
+
+def _has_gpu() -> bool:
+    """Returns whether torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def run(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
