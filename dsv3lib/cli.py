@@ -39,6 +39,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("dsv3lib.training.train_command", "train a small DeepSeek-V3 on real text"),
         "watch": Command("dsv3lib.viz.watch_command", "see the experts' load of a run, live in the browser"),
         "generate": Command("dsv3lib.inference.generate_command", "let a trained model write"),
+        "kernels": Command(
+            "dsv3lib.kernels.kernels_command", "compile every GPU kernel and say what its code holds"
+        ),
     }
 )
 

@@ -88,7 +88,7 @@ class Compiled:
     """What the machine code holds.
 
     Args:
-        registers: per thread. spilled: bytes per thread kept in memory for want of registers.
+        registers: per thread. spilled: bytes per thread kept in memory, its stack, for want of registers.
         shared: bytes of shared memory a block. warps: per block. instruction: its matrix instruction, or "".
         ttir: Triton's own code, PTX the virtual machine's.
     """
@@ -112,14 +112,10 @@ def builds(
             for generation in generations:
                 if specimen.fp8 and int(generation.removeprefix("sm_")) < FIRST_FP8:
                     continue
-                for source in sorted(tuning.FOLDER.glob("*.json")):
-                    # Files named after a device are written on it; today every such device is a Hopper.
-                    if source.stem == generation or (
-                        generation == "sm_90" and not source.stem.startswith("sm_")
-                    ):
-                        for row in tuning.read(source).get(specimen.operation, []):
-                            if specimen.rows(row):
-                                yield Build(specimen, generation, row)
+                for table in tuning.shipped(generation):
+                    for row in table.get(specimen.operation, []):
+                        if specimen.rows(row):
+                            yield Build(specimen, generation, row)
 
 
 def compile_build(build: Build) -> Compiled:

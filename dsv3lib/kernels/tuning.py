@@ -29,6 +29,7 @@ from . import dispatch
 
 FOLDER = Path(__file__).with_name("tuned")
 GENERATIONS = ("sm_80", "sm_89", "sm_90", "sm_100")
+HEADING = ("about", "generation")  # of a file: where its figures come from, and whose instructions they use
 INTERPRETED = "sm_90"  # without a GPU the interpreter runs what ships for Hopper
 
 Row = Mapping[str, Any]
@@ -98,7 +99,7 @@ def read(path: Path) -> Table:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KernelError(f"settings {path.name} cannot be read: {error}") from error
-    table.pop("about", None)
+    table = {name: rows for name, rows in table.items() if name not in HEADING}
     for operation, rows in table.items():
         sound = isinstance(rows, list) and rows and all(isinstance(r, dict) and "when" in r for r in rows)
         if not sound or rows[-1]["when"]:
@@ -108,18 +109,28 @@ def read(path: Path) -> Table:
     return table
 
 
-def write(path: Path, about: str, table: Table) -> None:
+def shipped(generation: str) -> list[Table]:
+    """All settings that ship for a generation: its own file, and those of its devices."""
+    files = sorted(FOLDER.glob("*.json"))
+    return [read(file) for file in files if generation_of(file) == generation]
+
+
+def generation_of(path: Path) -> str:
+    """The generation whose instructions a file's settings use."""
+    return json.loads(path.read_text(encoding="utf-8")).get("generation", path.stem)
+
+
+def write(path: Path, about: str, generation: str, table: Table) -> None:
     """Write a file of settings, one row a line.
 
     Args:
-        about: one sentence on where the figures come from.
+        about: one sentence on where the figures come from. generation: "sm_90", say.
     """
-    parts = [f'  "about": {json.dumps(about)}']
+    parts = [f'  "about": {json.dumps(about)}', f'  "generation": {json.dumps(generation)}']
     for operation, rows in sorted(table.items()):
         lines = ",\n".join(f"    {json.dumps(dict(row))}" for row in rows)
         parts.append(f"  {json.dumps(operation)}: [\n{lines}\n  ]")
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
-    write_whole(path, text)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _number(generation: str) -> int:

@@ -1,0 +1,138 @@
+"""``dsv3 kernels``: what the machine code of each kernel holds, on a computer that need not have a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from ..errors import KernelError
+from . import aot, tuning
+
+EXPLANATION = """\
+registers: per thread; 65,536 a multiprocessor, so that 128 of them leave room for 512 threads, and 255 is the most.
+spilled: bytes a thread keeps in memory because its registers do not suffice: slow, and 0 in what ships for sm_90.
+shared: KiB that a block of threads takes of a multiprocessor's fast memory; what it leaves decides how many blocks
+  run side by side.
+instruction: what multiplies matrices. wgmma is Hopper's, for 4 warps at once, out of shared memory; mma.sync is the
+  older one for a single warp; tcgen05 is Blackwell's. e4m3 means FP8 operands, at twice bf16's rate."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: a kernel, how it was built, and what the code holds."""
+
+    operation: str
+    variant: str
+    generation: str
+    settings: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    instruction: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``dsv3 kernels``."""
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(aot.FAMILIES)}; all by default"
+    )
+    parser.add_argument(
+        "--generation",
+        choices=[*tuning.GENERATIONS, "all"],
+        default="sm_90",
+        help="sm_90, Hopper, by default",
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compiles what was asked for and prints the table; returns 0."""
+    unknown = [family for family in arguments.families if family not in aot.FAMILIES]
+    if unknown:
+        raise KernelError(f"no kernels called {', '.join(unknown)}; there are: {', '.join(aot.FAMILIES)}")
+    generations = tuning.GENERATIONS if arguments.generation == "all" else (arguments.generation,)
+    lines = list(compile_lines(tuple(arguments.families) or aot.FAMILIES, generations))
+    if arguments.json:
+        print(json.dumps([asdict(line) for line in lines], indent=1))
+    else:
+        console = Console()
+        console.print(table(lines))
+        console.print(Text(EXPLANATION, style="dim"))
+    return 0
+
+
+def compile_lines(
+    families: Sequence[str], generations: Sequence[str], progress: bool = True
+) -> Iterator[Line]:
+    """Compile kernels, several at a time, and give a line for each as it is ready, in order.
+
+    Args:
+        families: files of ``kernels``. generations: such as "sm_90". progress: whether to show a bar.
+
+    Raises:
+        KernelError: Triton is missing, or a kernel does not compile.
+    """
+    families, generations = tuple(families), tuple(generations)
+    count = sum(1 for _ in aot.builds(families, generations))
+    workers = min(os.cpu_count() or 1, count)
+    if workers <= 1 or count <= 4:  # a new process costs more than compiling a few
+        work = (_line(families, generations, i) for i in range(count))
+        yield from tqdm(work, "compiling", count, disable=not progress, leave=False)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        work = pool.map(_line, [families] * count, [generations] * count, range(count))
+        yield from tqdm(work, "compiling", count, disable=not progress, leave=False)
+
+
+def _line(families: tuple[str, ...], generations: tuple[str, ...], index: int) -> Line:
+    """Compiles one build, found by its place: a jitted function cannot be handed to another process."""
+    build = next(b for i, b in enumerate(aot.builds(families, generations)) if i == index)
+    made = aot.compile_build(build)
+    bounds = [f"{k} {low}–{high}" for k, (low, high) in build.row["when"].items()]
+    sizes = [f"{k.lower()}={v}" for k, v in build.row.items() if k != "when"]
+    return Line(
+        build.specimen.operation,
+        build.specimen.variant,
+        build.generation,
+        ", ".join(bounds + sizes),
+        made.registers,
+        made.spilled,
+        made.shared,
+        made.warps,
+        made.instruction,
+    )
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """The lines as a table, spills in red."""
+    shown = Table(title="dsv3 kernels", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    shown.add_column("operation", overflow="fold")
+    shown.add_column("for")
+    shown.add_column("settings", overflow="fold", style="dim")
+    for heading in ("registers", "spilled", "shared", "warps"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("instruction", overflow="fold")
+    for line in lines:
+        shown.add_row(
+            " ".join(filter(None, (line.operation, line.variant))),
+            line.generation,
+            line.settings,
+            str(line.registers),
+            Text(str(line.spilled), style="red" if line.spilled else ""),
+            f"{line.shared / 1024:.0f} KiB",
+            str(line.warps),
+            line.instruction or "–",
+        )
+    return shown
