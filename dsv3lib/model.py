@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,12 @@ class DeepSeekV3(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rope = RotaryEmbedding(config)
+        self.one_token = OneToken(config)
         self.initialize(generator)
+
+    def _apply(self, fn, recurse=True):
+        self.one_token.forget()  # weights move or are cast
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -165,7 +171,9 @@ class DeepSeekV3(nn.Module):
                 "out, or let generate(speculative=True) draft with them"
             )
         if labels is not None and lengths is not None:
-            padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.to(labels.device)[:, None]
+            padding = (
+                torch.arange(labels.shape[1], device=labels.device) >= lengths.to(labels.device)[:, None]
+            )
             labels = labels.masked_fill(padding, IGNORED)
         step = self.begin(input_ids, cache, lengths)
         with nullcontext() if step.recipes is None else step.recipes.saving():
@@ -180,17 +188,16 @@ class DeepSeekV3(nn.Module):
         step: Step,
     ) -> ModelOutput:
         embeddings = self.model.embed_tokens(input_ids)
-        x, routings = embeddings, []
-        n_main = self.config.num_hidden_layers
-        blocks = list(self.model.layers)[:n_main]  # a slice of the ModuleList would build a new one
-        if applies(x, step, self.config):
-            hidden, routings = OneToken(self.config, step, x).forward(blocks, self.model.norm, x)
+        if applies(embeddings, step, self.config):
+            logits, hidden, routings = self.one_token.forward(self.model, self.lm_head, embeddings, step)
         else:
-            for block in blocks:
+            x, routings = embeddings, []
+            for block in islice(self.model.layers, self.config.num_hidden_layers):
                 x, routing = block(x, step)
                 routings += [] if routing is None else [routing]
             hidden = run(step.recipes, self.model.norm, x)
-        out = ModelOutput(self.lm_head(hidden), hidden, n_routed_experts=self.config.n_routed_experts)
+            logits = self.lm_head(hidden)
+        out = ModelOutput(logits, hidden, n_routed_experts=self.config.n_routed_experts)
         if step.cache is not None:
             step.cache.advance(input_ids.shape[1], step.lengths)
         mtp_routings: list[Routing | None] = [None] * self.config.num_nextn_predict_layers

@@ -1,5 +1,8 @@
 """One token at a time, the few operations against the plain layers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +73,7 @@ def test_a_wrong_operation_would_show(monkeypatch) -> None:
     model = awake(NANO, torch.float64)
     ids = torch.randint(model.config.vocab_size, (1, 8))
     right, _, _ = walk(model, ids, 5)
-    monkeypatch.setattr(one_token.OneToken, "turn_", lambda self, x, start: None)  # no RoPE
+    monkeypatch.setattr(one_token, "turned", lambda x, turn: x)  # no RoPE
     wrong, _, _ = walk(model, ids, 5)
     assert torch.equal(right[:, :5], wrong[:, :5])
     assert (right - wrong)[:, 5:].abs().max() > 1e-6
@@ -113,3 +116,65 @@ def test_routes_as_the_router_does(data) -> None:
 def test_a_spoilt_model_is_refused() -> None:
     with pytest.raises(InputError, match="1 of 8 are NaN"):
         route_one([0.5] * 7 + [float("nan")], [0.0] * 8, NANO.replace(n_routed_experts=8))
+
+
+def one_more(model: DeepSeekV3, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last token, which goes through alone."""
+    return walk(model, ids, ids.shape[1] - 1)[0][:, -1]
+
+
+MOVES = {
+    "cast": lambda model: model.double().float(),
+    "changed in place": lambda model: [p.data.mul_(1.01) for p in model.parameters()],
+    "data replaced": lambda model: [setattr(p, "data", p.data * 1.01) for p in model.parameters()],
+    "assigned": lambda model: model.load_state_dict(
+        {k: v * 1.01 for k, v in model.state_dict().items()}, assign=True
+    ),
+    "a layer replaced": lambda model: setattr(
+        model.model.layers[0], "mlp", copy.deepcopy(model.model.layers[1].mlp)
+    ),
+    "the head replaced": lambda model: setattr(
+        model, "lm_head", torch.nn.Linear(NANO.hidden_size, NANO.vocab_size, bias=False)
+    ),
+    "a bias moved": lambda model: model.routers()[0].e_score_correction_bias.add_(torch.linspace(-1, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_sees_weights_that_change(name, monkeypatch) -> None:
+    model = awake(NANO, torch.float32)
+    assert NANO.n_routed_experts == 8
+    ids = torch.randint(model.config.vocab_size, (1, 40))
+    before = one_more(model, ids)
+    with torch.no_grad():
+        MOVES[name](model)
+    after = one_more(model, ids)
+    monkeypatch.setattr(dsv3lib.model, "applies", lambda *_: False)
+    torch.testing.assert_close(after, one_more(model, ids), rtol=0, atol=1e-4)
+    if name != "cast":
+        assert not torch.equal(before, after)
+
+
+def test_a_copy_has_its_own_weights() -> None:
+    model = awake(NANO, torch.float32)
+    ids = torch.randint(model.config.vocab_size, (1, 40))
+    expected = one_more(model, ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        assert torch.equal(one_more(twin, ids), expected)
+
+
+@pytest.mark.parametrize("length", [one_token.LONG - 1, one_token.LONG])
+def test_long_and_short_contexts_attend_alike(length) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, past = (torch.randn(n, 12, dtype=torch.float64, generator=generator) for n in (3, length))
+    expected = torch.softmax(q @ past.T, -1) @ past[:, :8]
+    found = one_token.attend_to_latents(q.numpy(), past.numpy(), 8)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-12)
+
+
+def test_the_same_bits_every_time() -> None:
+    model = awake(NANO, torch.float32)
+    ids = torch.randint(model.config.vocab_size, (1, 40))
+    assert torch.equal(one_more(model, ids), one_more(model, ids))

@@ -6,6 +6,7 @@ For V3 that is 512 + 64 values, 70,272 bytes a token over 61 layers in BF16, whe
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -74,7 +75,7 @@ class LatentCache:
                 "pass the same batch or begin a new LatentCache"
             )
         after = before + (new if lengths is None else lengths.cpu())
-        longest = self._length + new if not self._ragged and lengths is None else int(after.max())
+        longest = self._length + new if lengths is None else int(after.max())
         if longest > self.config.max_position_embeddings:
             raise ContextLengthError(
                 f"the sequence would reach {longest} tokens, max_position_embeddings is "
@@ -114,6 +115,20 @@ class LatentCache:
         stale = torch.arange(first, end, device=latent.device) >= columns[:, -1:] + 1
         buffer[:, first:end].masked_fill_(stale[..., None], 0.0)
         return buffer[:, :end]
+
+    def append_one(self, layer: int, like: Float[Tensor, "1 1 latent"]) -> Float[np.ndarray, "S latent"]:
+        """A single sequence's tokens in this layer as an array, with room for one more in the last row.
+
+        The caller writes that row; ``advance`` ends the step.
+
+        Args:
+            layer: index of the block. like: a tensor of the dtype to keep.
+        """
+        end = self._length + 1
+        buffer = self._buffers[layer]
+        if buffer is None or buffer.shape[1] < end or buffer.dtype != like.dtype:
+            buffer = self._grow(layer, like, end)
+        return buffer.numpy()[0, :end]
 
     def advance(self, new: int, lengths: Int[Tensor, " B"] | None = None) -> None:
         """Count the tokens of this step as held, after every layer has appended them."""

@@ -1,10 +1,12 @@
-"""The same blocks for a single token on a CPU, in as few operations as it takes.
+"""The same blocks for a single token on a CPU, in as little started work as it takes.
 
 When one row continues by one token, each matrix is read once and the vectors are tiny: what costs is not
-arithmetic but *starting* operations, 2 to 10 µs each, some 200 of them in a layer of the plain form. Here a
-token is a plain vector, a linear layer one matrix-vector product, a norm three operations instead of a dozen,
-the choice of experts Python on a handful of numbers, and nothing is sorted or sent about. The plain layers
-beside this file are the definition; a test holds both equal.
+arithmetic but *starting* operations, some 200 of them in a layer of the plain form, 1 to 10 µs each, and
+reading the weights. Here a token is a NumPy vector in the model's own memory (``token_weights``), which starts
+an operation in a third of a microsecond; a linear layer is one matrix-vector product, a norm three operations
+instead of a dozen, the choice of experts Python on a handful of numbers, and nothing is sorted or sent about.
+Attention goes back to torch where the context is long, because there its products are the quicker ones. The
+plain layers beside this file are the definition; a test holds both equal.
 
 Differs from the plain form: no gradient is kept, and forward hooks on the layers do not fire.
 """
@@ -12,21 +14,22 @@ Differs from the plain form: no gradient is kept, and forward hooks on the layer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import add
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..blas_threads import one_blas_thread
 from ..config import ModelConfig
 from ..errors import InputError
 from .attention import Step, absorbed_is_cheaper
-from .block import Block
-from .experts import MixtureOfExperts, Routing
-from .norm import RMSNorm
+from .experts import Routing
+from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, TokenWeights
 
-Parts = dict[str, nn.Module]
+LONG = 512  # cached tokens from which on torch's two attention products are quicker than NumPy's
 
 
 def applies(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
@@ -38,136 +41,152 @@ def applies(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_grad_enabled()
-        and config.qk_nope_head_dim % 2 == 0  # pairs lie on even addresses
-        and config.kv_lora_rank % 2 == 0
         and absorbed_is_cheaper(config, 1, len(step.cache) + 1)
     )
 
 
 class OneToken:
-    """What a token needs on its way through all layers.
+    """Takes tokens through all layers, one at a call; keeps nothing but views of the weights.
 
     Args:
-        config: sizes. step: the call's cache and turns. like: a tensor of the dtype to use.
+        config: sizes.
     """
 
-    def __init__(self, config: ModelConfig, step: Step, like: Tensor) -> None:
-        self.config, self.cache = config, step.cache
-        self.turn: Complex[Tensor, " half"] = step.turns[0]
-        # x·w·factor is one operation where the sum begins at a tensor: these.
-        widths = {config.hidden_size, config.kv_lora_rank, config.q_lora_rank or config.hidden_size}
-        self.zeros = {n: like.new_zeros(n) for n in widths}
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._weights: TokenWeights | None = None
+
+    def __reduce__(self) -> tuple:
+        """A copy, in memory or on disk, looks for its own weights."""
+        return OneToken, (self.config,)
+
+    def forget(self) -> None:
+        """Drop the views, which would keep weights alive that have moved."""
+        self._weights = None
 
     def forward(
-        self, blocks: Iterable[Block], norm: RMSNorm, x: Float[Tensor, "1 1 D"]
-    ) -> tuple[Float[Tensor, "1 1 D"], list[Routing]]:
-        """All blocks, x + MLA(norm x) and x + FFN(norm x), and the last norm; and how mixtures routed.
+        self, decoder: nn.Module, head: nn.Module, x: Float[Tensor, "1 1 D"], step: Step
+    ) -> tuple[Float[Tensor, "1 1 vocab"], Float[Tensor, "1 1 D"], list[Routing]]:
+        """All blocks, x + MLA(norm x) and x + FFN(norm x), the last norm and the head.
 
         Args:
-            blocks: the layers, from the first. norm: behind the last. x: the token's embedding.
+            decoder, head: the model's. x: the token's embedding. step: the call's cache and turns.
+
+        Returns:
+            Logits, the head's input, and how each mixture routed.
         """
-        x, choices, affinities = x.view(-1), [], []
-        for layer, block in enumerate(blocks):
-            parts = (
-                block._modules
-            )  # the dictionary: attribute look-up on a module costs as much as an addition
-            h = self.normalize(parts["input_layernorm"], x)
-            x = self.attend(parts["self_attn"]._modules, layer, x, h)
-            h = self.normalize(parts["post_attention_layernorm"], x)
-            if isinstance(parts["mlp"], MixtureOfExperts):
-                x, chosen, scores = self.add_mixture(parts["mlp"]._modules, x, h)
-                choices.append(chosen)
+        weights = self._weights
+        if weights is None or not weights.stand(decoder, head):
+            weights = self._weights = TokenWeights(self.config, decoder, head)
+        like, turn = x.new_empty(1, 1, self.config.latent_dim), step.turns[0].numpy()
+        chosen, affinities = [], []
+        # exp(-z) may overflow to infinity, where the sigmoid is rightly 0; and NaN goes its way as in torch.
+        with one_blas_thread(), np.errstate(all="ignore"):
+            x = x.view(-1).numpy()
+            for layer, w in enumerate(weights.blocks):
+                past = step.cache.append_one(layer, like)
+                x = x + w.o(self.attend(w, self.normalize(x, w.norm_1), past, turn))
+                h = self.normalize(x, w.norm_2)
+                if isinstance(w.ffn, MLPWeights):
+                    x = x + swiglu(w.ffn, h)
+                    continue
+                y, experts, scores = self.mixture(w.ffn, h)
+                x = x + y
+                chosen.append(experts)
                 affinities.append(scores)
-            else:
-                x = add_mlp(parts["mlp"]._modules, x, h)
-        indices = torch.tensor(choices, dtype=torch.int64)[:, None, None]
-        routings = [Routing(i, s.view(1, 1, -1)) for i, s in zip(indices, affinities, strict=True)]
-        return self.normalize(norm, x).view(1, 1, -1), routings
+            hidden = self.normalize(x, weights.norm)
+            logits = weights.head.dot(hidden)
+        indices = torch.tensor(chosen, dtype=torch.int64)[:, None, None]
+        routings = [
+            Routing(i, torch.from_numpy(s).view(1, 1, -1)) for i, s in zip(indices, affinities, strict=True)
+        ]
+        return torch.from_numpy(logits).view(1, 1, -1), torch.from_numpy(hidden).view(1, 1, -1), routings
 
-    def normalize(self, norm: nn.Module, x: Float[Tensor, " D"], factor: float = 1.0) -> Float[Tensor, " D"]:
+    def normalize(self, x: Array, weight: Array, factor: float = 1.0) -> Array:
         """RMSNorm, times ``factor``: the root of the mean square is one Python number."""
-        n = x.shape[0]
-        scale = factor / math.sqrt(torch.dot(x, x).item() / n + norm.eps)
-        return torch.addcmul(self.zeros[n], x, weight(norm), value=scale)
+        scale = factor / math.sqrt(float(x.dot(x)) / x.size + self.config.rms_norm_eps)
+        y = x * weight
+        y *= scale
+        return y
 
-    def attend(
-        self, parts: Parts, layer: int, x: Float[Tensor, " D"], h: Float[Tensor, " D"]
-    ) -> Float[Tensor, " D"]:
-        """x + absorbed attention of one query per head; the new latent is stored first.
+    def attend(self, w: BlockWeights, h: Array, past: Array, turn: Array) -> Array:
+        """Absorbed attention of one query per head; the token's own latent is written into the cache first.
 
         The softmax scale rides in the query latent's norm: from there to the scores everything is linear.
+
+        Args:
+            h: normalised token [D]. past: the cache's rows [S, C + R], the last one for this token.
+            turn: RoPE's turns of this position, complex [R/2].
+
+        Returns:
+            Every head's answer, [H V].
         """
         cfg = self.config
-        heads, nope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
+        rank, nope, heads = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.num_attention_heads
+        latent = w.kv_a(h)
+        past[-1, :rank] = self.normalize(latent[:rank], w.kv_norm)
+        past[-1, rank:] = turned(latent[rank:], turn)
 
-        latent = linear(parts["kv_a_proj_with_mqa"], h)
-        self.turn_(latent, rank)
-        c_kv = latent[:rank]
-        c_kv.copy_(self.normalize(parts["kv_a_layernorm"], c_kv))
-        past = self.cache.append(layer, latent.view(1, 1, -1))[0]  # [S, C + R]
-
-        if cfg.q_lora_rank is None:
-            q = linear(parts["q_proj"], h).mul_(cfg.softmax_scale)
+        if w.q_a is None:
+            q = w.q.dot(h)
+            q *= cfg.softmax_scale
         else:
-            c_q = self.normalize(parts["q_a_layernorm"], linear(parts["q_a_proj"], h), cfg.softmax_scale)
-            q = linear(parts["q_b_proj"], c_q)
-        q = q.view(heads, 1, -1)
-        self.turn_(q, nope)
+            q = w.q.dot(self.normalize(w.q_a(h), w.q_norm, cfg.softmax_scale))
+        q = q.reshape(heads, -1)
+        q_latent = np.empty((heads, cfg.latent_dim), q.dtype)
+        np.vecmat(q[:, :nope], w.w_uk, out=q_latent[:, :rank])
+        q_latent[:, rank:] = turned(q[:, nope:], turn)
+        return np.matvec(w.w_uv, attend_to_latents(q_latent, past, rank)).reshape(-1)
 
-        w = weight(parts["kv_b_proj"]).view(heads, -1, rank)  # [H, K + V, C]
-        q_latent = torch.bmm(q[..., :nope], w[:, :nope])
-        q_latent = torch.cat((q_latent, q[..., nope:]), -1).view(heads, -1)
-        p = torch.softmax(torch.mm(q_latent, past.t()), -1)
-        u = torch.mm(p, past[:, :rank]).view(heads, 1, rank)
-        return add_linear(x, parts["o_proj"], torch.bmm(u, w[:, nope:].transpose(1, 2)).view(-1))
-
-    def turn_(self, x: Float[Tensor, "*H QK"], start: int) -> None:
-        """RoPE in place on the dimensions from ``start``: neighbours are pairs, one complex product each."""
-        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-        pairs[..., start // 2 :].mul_(self.turn)
-
-    def add_mixture(
-        self, parts: Parts, x: Float[Tensor, " D"], h: Float[Tensor, " D"]
-    ) -> tuple[Float[Tensor, " D"], list[int], Float[Tensor, " E"]]:
-        """x + the shared expert + the chosen ones, each weighted (Eq. 12); no other weights are touched."""
-        gate, experts = parts["gate"], parts["experts"]._parameters
-        scores = torch.mv(weight(gate), h).sigmoid_()
-        chosen, gates = route_one(scores.tolist(), gate.e_score_correction_bias.tolist(), self.config)
-        x = add_mlp(parts["shared_experts"]._modules, x, h)
-
-        w_in, w_out = experts["gate_up_proj"], experts["down_proj"]
+    def mixture(self, w: MixtureWeights, h: Array) -> tuple[Array, list[int], Array]:
+        """The shared expert + the chosen ones, each weighted (Eq. 12); no other weights are touched."""
+        scores = 1 / (1 + np.exp(-w.gate.dot(h)))
+        chosen, gates = route_one(scores.tolist(), w.bias.tolist(), self.config)
+        y = swiglu(w.shared, h)
         width = self.config.moe_intermediate_size
-        gate_up = h.new_empty(len(chosen), 2 * width)
-        for i, row in zip(chosen, gate_up.unbind(), strict=True):
-            torch.mv(w_in[i], h, out=row)
-        hidden = F.silu(gate_up[:, :width]).mul_(gate_up[:, width:])
-        for i, g, row in zip(chosen, gates, hidden.unbind(), strict=True):
-            x.addmv_(w_out[i], row, alpha=g)
-        return x, chosen, scores
+        gate_up = np.empty((len(chosen), 2 * width), h.dtype)
+        for i, row in zip(chosen, gate_up, strict=True):
+            w.gate_up[i].dot(h, row)
+        hidden = silu(gate_up[:, :width])
+        hidden *= gate_up[:, width:]
+        hidden *= np.array(gates, h.dtype)[:, None]
+        for i, row in zip(chosen, hidden, strict=True):
+            y += w.down[i].dot(row)
+        return y, chosen, scores
 
 
-def weight(layer: nn.Module) -> Tensor:
-    """A layer's weight, without the detour of attribute look-up."""
-    return layer._parameters["weight"]
+def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
+    """softmax(q · latents) c_kv for queries [H, C + R] that bear the softmax scale: every head's [H, C]."""
+    if len(past) >= LONG:
+        q, past = torch.from_numpy(q), torch.from_numpy(past)
+        p = torch.softmax(torch.mm(q, past.t()), -1)
+        return torch.mm(p, past[:, :rank]).numpy()
+    p = q @ past.T
+    p -= p.max(-1, keepdims=True)
+    np.exp(p, p)
+    u = p @ past[:, :rank]
+    u /= p.sum(-1, keepdims=True)
+    return u
 
 
-def linear(layer: nn.Module, x: Float[Tensor, " I"]) -> Float[Tensor, " O"]:
-    """W x, plus the bias where there is one."""
-    bias = layer._parameters["bias"]
-    return torch.mv(weight(layer), x) if bias is None else torch.addmv(bias, weight(layer), x)
+def turned(x: Array, turn: Array) -> Array:
+    """RoPE: neighbours in the last dimension are pairs, one complex product each."""
+    return (x.view(turn.dtype) * turn).view(x.dtype)
 
 
-def add_linear(x: Float[Tensor, " O"], layer: nn.Module, h: Float[Tensor, " I"]) -> Float[Tensor, " O"]:
-    """x + W h in one operation: the residual connection rides along."""
-    y, bias = torch.addmv(x, weight(layer), h), layer._parameters["bias"]
-    return y if bias is None else y.add_(bias)
+def silu(x: Array) -> Array:
+    """x · sigmoid(x)."""
+    y = np.negative(x)
+    np.exp(y, y)
+    y += 1
+    return np.divide(x, y, y)
 
 
-def add_mlp(parts: Parts, x: Float[Tensor, " D"], h: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    """x + down(silu(gate h) ⊙ up h)."""
-    a = F.silu(torch.mv(weight(parts["gate_proj"]), h), inplace=True)
-    a.mul_(torch.mv(weight(parts["up_proj"]), h))
-    return torch.addmv(x, weight(parts["down_proj"]), a)
+def swiglu(w: MLPWeights, h: Array) -> Array:
+    """down(silu(gate h) ⊙ up h)."""
+    a = silu(w.gate.dot(h))
+    a *= w.up.dot(h)
+    return w.down.dot(a)
 
 
 def route_one(
@@ -189,14 +208,17 @@ def route_one(
             f"scores: {sum(map(math.isnan, scores))} of {len(scores)} are NaN, expected affinities in [0, 1]; "
             "the hidden state or the router's weight is spoilt"
         )
-    steered = [s + b for s, b in zip(scores, bias, strict=True)]
+    steered = list(map(add, scores, bias))
     allowed = range(len(steered))
     if config.n_group > 1:
         size = len(steered) // config.n_group
-        starts = range(0, len(steered), size)
-        totals = {start: sum(sorted(steered[start : start + size])[-2:]) for start in starts}
-        kept = sorted(sorted(starts, key=totals.__getitem__, reverse=True)[: config.topk_group])
-        allowed = [i for start in kept for i in range(start, start + size)]
+        groups = [allowed[start : start + size] for start in range(0, len(steered), size)]
+        totals = [sum(sorted([steered[i] for i in group])[-2:]) for group in groups]
+        kept = sorted(range(config.n_group), key=totals.__getitem__, reverse=True)[: config.topk_group]
+        allowed = [i for n in sorted(kept) for i in groups[n]]
     chosen = sorted(allowed, key=steered.__getitem__, reverse=True)[: config.num_experts_per_tok]
-    total = sum(scores[i] for i in chosen) + 1e-20 if config.norm_topk_prob else 1.0
-    return chosen, [scores[i] / total * config.routed_scaling_factor for i in chosen]
+    gates = [scores[i] for i in chosen]
+    scale = config.routed_scaling_factor
+    if config.norm_topk_prob:
+        scale /= sum(gates) + 1e-20
+    return chosen, [g * scale for g in gates]
