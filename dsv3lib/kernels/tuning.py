@@ -77,10 +77,15 @@ def sources(device: torch.device) -> tuple[str, ...]:
     """The files that speak for a device, the most particular first."""
     if device.type != "cuda":
         return (INTERPRETED,)
-    major, minor = dispatch.capability(device)
-    own = [name for name in GENERATIONS if _number(name) <= 10 * major + minor]
-    names = [slug(torch.cuda.get_device_name(device)), own[-1] if own else GENERATIONS[0]]
+    names = [slug(torch.cuda.get_device_name(device)), generation(device)]
     return tuple(name for name in names if (FOLDER / f"{name}.json").exists())
+
+
+def generation(device: torch.device) -> str:
+    """The newest generation that a CUDA device is no older than; the oldest for those before it."""
+    major, minor = dispatch.capability(device)
+    own = [name for name in GENERATIONS if int(name.removeprefix("sm_")) <= 10 * major + minor]
+    return own[-1] if own else GENERATIONS[0]
 
 
 def slug(device_name: str) -> str:
@@ -131,7 +136,3 @@ def write(path: Path, about: str, generation: str, table: Table) -> None:
         lines = ",\n".join(f"    {json.dumps(dict(row))}" for row in rows)
         parts.append(f"  {json.dumps(operation)}: [\n{lines}\n  ]")
     write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
-
-
-def _number(generation: str) -> int:
-    return int(generation.removeprefix("sm_"))
