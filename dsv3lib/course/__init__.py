@@ -65,6 +65,11 @@ Whatever takes longer than a few seconds gets a bar; it leaves nothing to compar
         for batch in batches:
             step(note=f"loss {loss:.3f}")
 
+At scale
+--------
+``at_scale("mla_decode bf16", operations=("mla_decode",))`` compiles those kernels for Hopper on the spot, shows
+what the code holds, and lists what ``benchmarks/gpu.py`` measured of them, or that nothing was measured.
+
 Figures
 -------
 ``dsv3lib.viz.style``: ``figure(title, xlabel, ylabel)``, ``line(meaning)``, ``bar(meaning)``,
@@ -78,6 +83,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3lib.course.answer import check, exercise, hint, solution
+    from dsv3lib.course.at_scale import at_scale
     from dsv3lib.course.card import measured
     from dsv3lib.course.overview import progress
     from dsv3lib.course.prediction import predict, reveal
@@ -86,6 +92,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Session",
+    "at_scale",
     "bar",
     "check",
     "exercise",
@@ -100,6 +107,7 @@ __all__ = [
 
 _HOME = {
     "Session": "session",
+    "at_scale": "at_scale",
     "bar": "waiting",
     "check": "answer",
     "exercise": "answer",

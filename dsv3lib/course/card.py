@@ -124,11 +124,16 @@ def view_of(widget: Any) -> dict[str, Any]:
     return {mime: widget._repr_mimebundle_()[mime]}
 
 
-def measured(text: str) -> None:
+def measured(text: str | list[str], *blocks: str) -> None:
     """Display what differs from machine to machine or from run to run: a time, a device, a speed.
 
     The notebook tests compare every other output word for word; this one they replace before comparing
     (``tests/notebooks/sanitize.cfg``), so nothing else may hold a time.
+
+    Args:
+        text: plain text, or its lines. blocks: HTML to show instead where HTML is shown.
     """
-    body = f'<div class="dsv3-measured" role="note" style="{_NOTE}">{inline(text)}<!--/measured--></div>'
-    show(body, "\n".join(f"measured | {part}" for part in text.splitlines()))
+    lines = text.splitlines() if isinstance(text, str) else text
+    inner = "".join(blocks) or inline("\n".join(lines))
+    body = f'<div class="dsv3-measured" role="note" style="{_NOTE}">{inner}<!--/measured--></div>'
+    show(body, "\n".join(f"measured | {part}" for part in lines))
