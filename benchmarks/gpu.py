@@ -260,14 +260,16 @@ def tune(device: torch.device, small: bool) -> None:
     """Find settings and write them; a rehearsal writes nothing."""
     import gpu_tune
 
-    found = gpu_tune.tune(Stopwatch(device, budget_s=0.03), most=2 if small else 60, small=small)
+    generation = tuning.INTERPRETED if small else tuning.generation(device)
+    budget_s = 0.0 if small else 45.0
+    found = gpu_tune.tune(Stopwatch(device, budget_s=0.03), generation, budget_s, small)
     if small:
         return
     name = torch.cuda.get_device_name(device)
     versions = f"torch {torch.__version__}, triton {language.triton.__version__}"
     about = f"Measured on {name}, {versions}, {time.strftime('%Y-%m-%d')}."
     path = tuning.FOLDER / f"{tuning.slug(name)}.json"
-    tuning.write(path, about, tuning.generation(device), found)
+    tuning.write(path, about, generation, found)
     tuning.sources.cache_clear()
     tuning.read.cache_clear()
     print(f"written: {path}")

@@ -100,34 +100,39 @@ def test_difference_is_zero_for_equals_and_nan_for_nan():
     assert not gpu_peers.difference(x, torch.full_like(x, float("nan"))) <= 1
 
 
-def test_tuning_keeps_what_is_fast_and_right(monkeypatch, device):
+def test_tuning_climbs_to_what_is_fast_and_right_and_keeps_the_shipped_rows(monkeypatch, device, tmp_path):
     x = torch.randn(4)
-    calls = {1: 3.0, 2: 1.0, 3: 0.5}  # the fastest is wrong
+    seconds = {(4, 2): 3.0, (4, 3): 2.0, (4, 4): 0.1, (8, 3): 1.0}  # stages 4 is fastest, and wrong
+    shipped = [{"when": {}, "num_warps": 4, "num_stages": 2}]
 
     def call(settings):
-        return x + 1 if settings["BLOCK_M"] == 3 else x
+        asked.append((settings["num_warps"], settings["num_stages"]))
+        if asked[-1] not in seconds:
+            raise RuntimeError("does not fit")
+        return x + 1 if settings["num_stages"] == 4 else x
 
-    trials = [gpu_tune.Trial("op", {"M": [1, 2]}, {}, call, x), gpu_tune.Trial("op", {}, {}, call, x)]
+    asked = []
+    trials = [gpu_tune.Trial("op", {"M": bounds}, {}, call, x) for bounds in ([1, 2], [3, 4])]
     monkeypatch.setattr(gpu_tune, "trials", lambda device, small: iter(trials))
-    monkeypatch.setattr(gpu_tune, "candidates", lambda name, rows: iter({"BLOCK_M": size} for size in calls))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.write(tmp_path / "sm_90.json", "for a test", "sm_90", {"op": shipped})
     watch = Stopwatch(device)
-    sizes = iter([1, 2, 1, 2])
-    watch.twice = lambda run: Twice(*[calls[next(sizes)]] * 2, 1)
-    rows = gpu_tune.tune(watch)["op"]
-    assert rows == [{"when": {"M": [1, 2]}, "BLOCK_M": 2}, {"when": {}, "BLOCK_M": 2}]
+    watch.twice = lambda run: run() is None or Twice(*[seconds[asked[-1]]] * 2, 1)
+    rows = gpu_tune.tune(watch, "sm_90", budget_s=60)["op"]
+    best = {"num_warps": 8, "num_stages": 3}
+    assert rows == [{"when": {"M": [1, 2]}, **best}, {"when": {"M": [3, 4]}, **best}, *shipped]
 
 
-def test_candidates_surround_what_ships():
-    row = {"when": {"M": [1, 64]}, "BLOCK_M": 64, "num_warps": 4, "num_stages": 3}
-    tried = list(gpu_tune.candidates("op", [row]))
-    assert {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3} in tried and len(tried) == 3 * 2 * 4
-    assert all("when" not in one for one in tried)
+def test_neighbours_change_one_setting():
+    row = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3, "OTHER": 1}
+    for settings in gpu_tune.neighbours(row):
+        assert sum(settings[name] != row[name] for name in row) == 1 and settings.keys() == row.keys()
 
 
 def test_settings_can_be_tried_in_a_rehearsal(device):
-    table = gpu_tune.tune(Stopwatch(device), most=1, small=True)
-    assert set(table) >= {"grouped_gemm", "mla_decode"}
-    assert all(rows[-1]["when"] == {} for rows in table.values())
+    table = gpu_tune.tune(Stopwatch(device), "sm_90", budget_s=0.0, small=True)
+    assert set(table) >= {"gemm_fp8", "grouped_gemm", "mla_decode"}
+    assert all(rows[-1]["when"] == {} and rows[0]["when"] for rows in table.values())
 
 
 def test_the_results_become_a_figure_and_a_table(tmp_path, device):
