@@ -6,14 +6,16 @@ scale returned is what a stored value is *multiplied* by, as ``weight_scale_inv`
 despite its name.
 
 The two numbers, for 32768 tokens of V3's width 7168 in BF16: 0.47 GB read, 0.23 GB of values and 7 MB of scales
-written; about eight instructions a value. Memory is the limit by far as long as nothing costs tens of
-instructions, and an exact division would: so a tile divides twice, for its scale and for the inverse of that,
-and each value is multiplied by the inverse. Reference and kernel do the same operations in the same order, each
-rounded as IEEE says, and agree to the last bit. The largest value is found among bit patterns, which sort as
-the sizes do, with infinity above all numbers and NaN above infinity: no NaN is lost.
+written; about eight instructions a value, where 132 multiprocessors have time for twenty in the time that its
+three bytes take at 4.3 TB/s. Memory is the limit as long as nothing costs tens of instructions, and an exact
+division would: so a tile divides once, for the inverse of its scale, and each value is multiplied by that.
+Reference and kernel do the same operations in the same order, each rounded as IEEE says, and agree to the last
+bit. The largest value is found among bit patterns, which sort as the sizes do, with infinity above all numbers
+and NaN above infinity: no NaN is lost.
 
-Every value is read once and stays in registers until it is written; a thread reads 16 bytes at a time, several
-times before its first use, and a program has enough tiles in flight to cover the memory's latency.
+Every value is read once and stays in registers until it is written. A thread reads 16 bytes at a time, four
+times before their first use; at 32 registers a multiprocessor holds all 2048 threads that it can, and 128 KiB
+are on their way to it, four times what covers the memory's latency.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_dtype, require_multiple
 from .dispatch import has_fp8, on_device, on_triton
+from .formats import pack_e4m3, scale_and_inverse, size_bits, to_e5m6
 from .language import jit, row_offset, tl, to_bf16, to_e4m3, triton
 from .quantize_ref import (
     TILE,
@@ -59,8 +62,8 @@ def quantize_tiles(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "*M tiles"]]:
     """Quantise with one scale per 1 x 128 tile, amax / 448 (an all-zero tile gets 1).
 
-    scale = max |x| / 448, values = E4M3(x · (1 / scale)), to nearest even (paper §3.3.2). No scale lies below
-    2^-126. A tile that holds NaN or infinity has scale NaN and all values NaN: what is wrong stays visible.
+    scale = max |x| · (1 / 448), values = E4M3(x · (1 / scale)), to nearest even (paper §3.3.2), in FP32. No scale
+    lies below 2^-126. A tile that holds NaN or infinity has scale NaN and all values NaN: what is wrong stays visible.
 
     Args:
         x: FP32, BF16, FP16 or FP64; K divides by 128.
@@ -135,8 +138,9 @@ def quantize_tiles_both(
         row = settings or tuning.pick("quantize_tiles_both", x.device, M=m, K=k)
         with on_device(x):
             quantize_tiles_both_kernel[(k // TILE, padded // TILE)](
-                x, *both, m, k, padded, x.stride(0), POWER_OF_TWO=power_of_two, **row
-            )
+                x, both.values, both.scales, both.values_t.view(torch.int32), both.scales_t,
+                m, k, padded, x.stride(0), POWER_OF_TWO=power_of_two, **row,
+            )  # fmt: skip
     return both
 
 
@@ -201,9 +205,8 @@ def dequantize(
     require_dtype("dequantize", "scales", scales, (torch.float32,))
     height = scale_height(values, scales, block)
     fp8 = values.dtype == torch.float8_e4m3fn
-    if not on_triton(values, scales) or (fp8 and not has_fp8(values.device)):
-        return dequantize_ref(values, scales, block, dtype)
-    if dtype not in KERNEL_DTYPES or block != TILE:
+    on_gpu = not values.is_meta and on_triton(values, scales) and (not fp8 or has_fp8(values.device))
+    if not on_gpu or dtype not in KERNEL_DTYPES or block != TILE:
         return dequantize_ref(values, scales, block, dtype)
     rows = values.contiguous().view(-1, values.shape[-1]) if values.numel() else values
     out = values.new_empty(values.shape, dtype=dtype)
@@ -243,49 +246,11 @@ def _quantize_blocks(
 
 
 def _on_kernel(x: Tensor, fp8: bool = True) -> bool:
-    """FP64, and E4M3 on a GPU without it, go to the reference."""
-    return on_triton(x) and x.dtype in KERNEL_DTYPES and (not fp8 or has_fp8(x.device))
+    """FP64, a tensor that is only a shape, and E4M3 on a GPU without it go to the reference."""
+    return not x.is_meta and on_triton(x) and x.dtype in KERNEL_DTYPES and (not fp8 or has_fp8(x.device))
 
 
 # ---- the kernels -------------------------------------------------------------------------------------------
-
-
-@jit
-def size_bits(x):
-    """The bits of |x| in FP32 as integers: they sort as the sizes do, and NaN comes out largest."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@jit
-def scale_and_inverse(bits, POWER_OF_TWO: tl.constexpr, E5M6: tl.constexpr):
-    """A tile's scale and 1 / scale from the bits of its largest size, operation by operation as the reference."""
-    if POWER_OF_TWO:
-        # limit = mantissa · 2^exponent: a larger mantissa needs the next power, which the carry makes.
-        mantissa: tl.constexpr = 0x7E0000 if E5M6 else 0x600000
-        exponent: tl.constexpr = 15 if E5M6 else 8
-        biased = tl.maximum(((bits + (0x7FFFFF - mantissa)) >> 23) - exponent, 1)
-        scale = (biased << 23).to(tl.float32, bitcast=True)
-        inverse = ((254 - biased) << 23).to(tl.float32, bitcast=True)
-    else:
-        # div_rn: "/" on FP32 would be an approximation.
-        amax = bits.to(tl.float32, bitcast=True)
-        limit: tl.constexpr = 65024.0 if E5M6 else 448.0
-        scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + limit), 2.0**-126)
-        inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    scale = tl.where(bits == 0, 1.0, scale)
-    inverse = tl.where(bits == 0, 1.0, inverse)
-    finite = bits < 0x7F800000
-    return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
-
-
-@jit
-def to_e5m6(x):
-    """FP32 to the nearest value of E5M6, as FP16: see ``to_e5m6_ref``."""
-    bits = size_bits(x)
-    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF).to(tl.float32, bitcast=True)
-    size = tl.abs(x)
-    rounded = tl.where(size < 2.0**-14, (size + 8.0) - 8.0, normal)
-    return tl.where(x == x, tl.where(x.to(tl.int32, bitcast=True) < 0, -rounded, rounded), x).to(tl.float16)
 
 
 @jit
@@ -311,23 +276,49 @@ def quantize_tiles_kernel(
 
 
 @jit
-def quantize_tiles_both_kernel(
-    x, values, scales, values_t, scales_t, M, K, padded, stride_x, POWER_OF_TWO: tl.constexpr
-):
-    """One square of 128 x 128 a program: read once, scaled along both edges, written straight and turned."""
-    column = tl.program_id(0) * 128 + tl.arange(0, 128)
-    row = tl.program_id(1) * 128 + tl.arange(0, 128)
-    inside = (row < M)[:, None]
-    square = tl.load(x + row_offset(row, stride_x)[:, None] + column[None, :], mask=inside, other=0.0)
-    square = square.to(tl.float32)
-    bits = size_bits(square)
+def _load_rows(x, row, column, M, stride_x):
+    place = row_offset(row, stride_x)[:, None] + column[None, :]
+    return tl.load(x + place, mask=(row < M)[:, None], other=0.0).to(tl.float32)
+
+
+@jit
+def _write_rows(values, scales, rows, row, column, M, K, along, POWER_OF_TWO: tl.constexpr):
+    """Quantise tiles of rows and write them; gives back the largest sizes along the columns."""
+    bits = size_bits(rows)
     scale, inverse = scale_and_inverse(tl.max(bits, 1), POWER_OF_TWO, False)
-    straight = to_e4m3(square * inverse[:, None])
-    tl.store(values + row_offset(row, K)[:, None] + column[None, :], straight, mask=inside)
-    tl.store(scales + row_offset(row, K // 128) + tl.program_id(0), scale, mask=row < M)
-    scale, inverse = scale_and_inverse(tl.max(bits, 0), POWER_OF_TWO, False)
-    turned = tl.trans(to_e4m3(square * inverse[None, :]))
-    tl.store(values_t + row_offset(column, padded)[:, None] + row[None, :], turned)
+    place = row_offset(row, K)[:, None] + column[None, :]
+    tl.store(values + place, to_e4m3(rows * inverse[:, None]), mask=(row < M)[:, None])
+    tl.store(scales + row_offset(row, K // 128) + along, scale, mask=row < M)
+    return bits
+
+
+@jit
+def quantize_tiles_both_kernel(
+    x, values, scales, words_t, scales_t, M, K, padded, stride_x, POWER_OF_TWO: tl.constexpr
+):
+    """One square of 128 x 128 a program: read once, scaled along both edges, written straight and turned.
+
+    Bytes are slow to turn one by one. So the square is read as four sets of rows, 4i, 4i + 1, 4i + 2 and
+    4i + 3, of which a thread holds the same places: four neighbours of the transpose meet in one thread, are
+    packed into a word, and words are turned.
+    """
+    along = tl.program_id(0)
+    column = along * 128 + tl.arange(0, 128)
+    row = tl.program_id(1) * 128 + tl.arange(0, 32) * 4
+    x0 = _load_rows(x, row, column, M, stride_x)
+    x1 = _load_rows(x, row + 1, column, M, stride_x)
+    x2 = _load_rows(x, row + 2, column, M, stride_x)
+    x3 = _load_rows(x, row + 3, column, M, stride_x)
+    b0 = _write_rows(values, scales, x0, row, column, M, K, along, POWER_OF_TWO)
+    b1 = _write_rows(values, scales, x1, row + 1, column, M, K, along, POWER_OF_TWO)
+    b2 = _write_rows(values, scales, x2, row + 2, column, M, K, along, POWER_OF_TWO)
+    b3 = _write_rows(values, scales, x3, row + 3, column, M, K, along, POWER_OF_TWO)
+    bits = tl.max(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3)), 0)
+    scale, inverse = scale_and_inverse(bits, POWER_OF_TWO, False)
+    by = inverse[None, :]
+    turned = tl.trans(pack_e4m3(x0 * by, x1 * by, x2 * by, x3 * by))
+    word = tl.program_id(1) * 32 + tl.arange(0, 32)
+    tl.store(words_t + row_offset(column, padded // 4)[:, None] + word[None, :], turned)
     tl.store(scales_t + row_offset(column, padded // 128) + tl.program_id(1), scale)
 
 
@@ -355,8 +346,9 @@ def quantize_blocks_kernel(
 
 @jit
 def dequantize_kernel(
-    values, scales, out, n_tiles, per_row, K, HEIGHT: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr
-):
+    values, scales, out, n_tiles, per_row, K,
+    HEIGHT: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """TILES tiles a program; HEIGHT rows of values share a row of scales. EVEN: no tile is cut short."""
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     row, along = tile // per_row, tile % per_row
@@ -394,7 +386,14 @@ def specimens() -> list[Specimen]:
             ))  # fmt: skip
     outputs = {name: "*fp8e4nv" for name in ("values", "values_t")} | {"scales": "*fp32", "scales_t": "*fp32"}
     for power in (False, True):
-        both = outputs | {"x": "*bf16", "M": "i32", "K": "i32", "padded": "i32", "stride_x": "i32"}
+        both = outputs | {
+            "x": "*bf16",
+            "words_t": "*i32",
+            "M": "i32",
+            "K": "i32",
+            "padded": "i32",
+            "stride_x": "i32",
+        }
         made.append(Specimen(
             "quantize_tiles_both", quantize_tiles_both_kernel, both, _given(POWER_OF_TWO=power),
             "power of two" if power else "", fp8=True, divisible=("M", "K", "padded", "stride_x"),
@@ -406,13 +405,14 @@ def specimens() -> list[Specimen]:
             _given(POWER_OF_TWO=False, TRANSPOSED=transposed, EDGE=128, SIDE=128),
             f"{w[1:]}{' both' if transposed else ''}", fp8=True, divisible=("N", "K", "stride_w"),
         ))  # fmt: skip
-    for height, even, values in ((1, True, "*fp8e4nv"), (128, False, "*fp8e4nv"), (1, True, "*fp16")):
+    fp8 = "*fp8e4nv"
+    for height, even, values in ((1, True, fp8), (128, True, fp8), (128, False, fp8), (1, True, "*fp16")):
         back = {"values": values, "scales": "*fp32", "out": "*bf16"}
         made.append(Specimen(
             "dequantize", dequantize_kernel, back | {"n_tiles": "i32", "per_row": "i32", "K": "i32"},
             _given(HEIGHT=height, EVEN=even),
             f"{values[1:]} {'tiles' if height == 1 else 'blocks'}{'' if even else ' cut short'}",
-            fp8=values != "*fp16", divisible=("n_tiles", "K") if even else ("n_tiles",),
+            fp8=values == fp8, divisible=("n_tiles", "K") if even else ("n_tiles",),
         ))  # fmt: skip
     return made
 

@@ -100,8 +100,8 @@ def _scales(amax: Tensor, power_of_two: bool, format: Format) -> tuple[Tensor, T
         biased = ((amax.view(torch.int32) + (0x7FFFFF - mantissa)) >> 23) - exponent
         scale = (biased.clamp(min=1) << 23).view(torch.float32)
     else:
-        # By a tensor, not by a number: torch multiplies by a number's inverse on a GPU.
-        scale = (amax / torch.full_like(amax, limit)).clamp(min=LEAST_SCALE)
+        # Times the inverse: on a GPU torch itself replaces a division by a number so, on a CPU it does not.
+        scale = (amax * (1 / limit)).clamp(min=LEAST_SCALE)
     scale = torch.where(amax == 0, 1.0, scale)
     scale = torch.where(amax.isfinite(), scale, float("nan"))
     return scale, torch.ones_like(scale) / scale
