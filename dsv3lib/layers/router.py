@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import InputError
+from ..kernels.routing import best, choose
 
 
 def route(
@@ -39,31 +39,10 @@ def route(
         InputError: a score is NaN, which would be chosen first by every sort (seen on the CPU alone; to ask
             a GPU would stall it).
     """
-    if scores.device.type == "cpu" and torch.isnan(scores.sum()):
-        raise InputError(
-            f"scores: {int(scores.isnan().sum())} of {scores.numel()} are NaN, expected affinities in [0, 1]; "
-            "the hidden state or the router's weight is spoilt"
-        )
-    chosen_by = scores + bias
-    if config.n_group > 1:
-        grouped = chosen_by.unflatten(-1, (config.n_group, -1))
-        group_scores = grouped.topk(2, dim=-1, sorted=False).values.sum(-1)
-        kept = best(group_scores, config.topk_group)
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
-        chosen_by = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
-    indices = best(chosen_by, config.num_experts_per_tok)
-    weights = scores.gather(-1, indices)
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return indices, weights * config.routed_scaling_factor
-
-
-def best(values: Float[Tensor, "*N E"], k: int) -> Int[Tensor, "*N k"]:
-    """Indices of the ``k`` largest values, largest first, the lower index first among equals.
-
-    ``torch.topk`` leaves the order of equals to the device; a stable sort does not.
-    """
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return choose(
+        scores, bias, top_k=config.num_experts_per_tok, n_group=config.n_group, topk_group=config.topk_group,
+        normalize=config.norm_topk_prob, scale=config.routed_scaling_factor,
+    )  # fmt: skip
 
 
 def sequence_balance_loss(
