@@ -1,0 +1,127 @@
+"""The FP8 product for few rows (M up to a few hundred: decoding), whose limit is the weights' bytes.
+
+At M = 64, N = 24576, K = 7168 the weights are 176 MB and all else 4 MB: 37 µs at 4.8 TB/s, in which the tensor cores
+could do four times the work. So a tile is short, many stages of weights are on their way at once, and K is split
+until every multiprocessor has work. The parts are added in their order by a second, small kernel: the same bits on
+every run, where atomic additions would give others each time. Up to 32 rows Cᵀ = B Aᵀ is computed: the weight fills
+the 64 rows that Hopper's matrix instruction always has, and M becomes the side that can be as narrow as 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .aot import Specimen
+from .dispatch import processors
+from .fp8_slices import TILE, describe, promote
+from .language import jit, row_offset, tl, to_bf16, triton
+
+LEAST_SLICES = 4  # of K in a part, when K is split: fewer would not fill the pipeline
+
+
+def launch_few_rows(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, c: Tensor, tiled: bool, add: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """c (+)= A Bᵀ; arguments as ``gemm_fp8`` has checked them."""
+    m, n, slices = a.shape[0], b.shape[0], a.shape[1] // TILE
+    wanted = processors(a.device) * settings.pop("PER_PROCESSOR")
+    settings.pop("FEW_ROWS")
+    rows, cols = settings["BLOCK_M"], settings["BLOCK_N"]
+    tiles = triton.cdiv(m, rows) * (n // cols)
+    parts = max(1, min(wanted // tiles, slices // LEAST_SLICES))
+    part_slices = triton.cdiv(slices, parts)
+    parts = triton.cdiv(slices, part_slices)
+    direct = parts == 1 and not add
+    out = c if direct else a.new_empty(parts, m, n, dtype=torch.float32)
+    gemm_fp8_few_rows_kernel[(tiles, parts)](
+        describe(a, rows, TILE), describe(b, cols, TILE), out, a_scales, b_scales,
+        m, n, slices * TILE, *a_scales.stride(), *b_scales.stride(), m * n, n, part_slices,
+        TILED=tiled, **settings,
+    )  # fmt: skip
+    if not direct:
+        adding = tuning.pick("sum_of_parts", a.device)
+        grid = (triton.cdiv(m * n, adding["BLOCK"]),)
+        sum_of_parts_kernel[grid](out, c, m * n, parts, ADD=add, **adding)
+
+
+@jit
+def gemm_fp8_few_rows_kernel(
+    a, b, out, a_scales, b_scales, M, N, K, stride_am, stride_ak, stride_bn, stride_bk, stride_part, stride_out,
+    part_slices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """One tile over one part of K, written to ``out[part]``; with SWAP it is computed as Cᵀ = B Aᵀ."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_m, tile_n = (
+        tl.program_id(0) % tiles_m,
+        tl.program_id(0) // tiles_m,
+    )  # neighbours read the same weights
+    part = tl.program_id(1)
+    rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = part * part_slices
+    scale = a_scales + row_offset(rows, stride_am) + row_offset(start, stride_ak)
+    if TILED:
+        b_scale = b_scales + row_offset(cols, stride_bn) + row_offset(start, stride_bk)
+    else:
+        b_scale = b_scales + row_offset(tile_n * BLOCK_N // 128, stride_bn) + row_offset(start, stride_bk)
+    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for s in tl.range(start, tl.minimum(start + part_slices, K // 128)):
+        y = b.load([tile_n * BLOCK_N, s * 128])
+        x = a.load([tile_m * BLOCK_M, s * 128])
+        factor_b = tl.load(b_scale)
+        factor = tl.load(scale, mask=rows < M, other=0.0)
+        product = tl.dot(y, x.T) if SWAP else tl.dot(x, y.T)
+        if TILED:
+            product *= factor_b[:, None] if SWAP else factor_b[None, :]
+        else:
+            factor *= factor_b
+        total = promote(total, product, factor[None, :] if SWAP else factor[:, None])
+        scale += stride_ak
+        b_scale += stride_bk
+    where = out + row_offset(part, stride_part) + row_offset(rows, stride_out)[:, None] + cols[None, :]
+    result = total.T if SWAP else total
+    tl.store(
+        where, result if out.dtype.element_ty == tl.float32 else to_bf16(result), mask=(rows < M)[:, None]
+    )
+
+
+@jit
+def sum_of_parts_kernel(parts, c, size, count, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """c (+)= Σ parts[i], in the order of i: where K was split, the same bits on every run."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    if ADD:
+        total += tl.load(c + at, mask=inside, other=0.0)
+    for _ in tl.range(0, count):
+        total += tl.load(parts + at, mask=inside, other=0.0)
+        parts += size.to(tl.int64)
+    tl.store(c + at, total if c.dtype.element_ty == tl.float32 else to_bf16(total), mask=inside)
+
+
+def specimens(common: Mapping[str, str]) -> list[Specimen]:
+    """These kernels, given the types of the arguments that all FP8 products share."""
+
+    def few_rows(variant: str, kind: str) -> Specimen:
+        extra = {"out": kind, "stride_part": "i64", "stride_out": "i32", "part_slices": "i32"}
+        return Specimen(
+            "gemm_fp8", gemm_fp8_few_rows_kernel, common | extra, lambda row: {"TILED": False}, variant,
+            rows=lambda row: bool(row["FEW_ROWS"]), matrix="fp8", fp8=True,
+        )  # fmt: skip
+
+    return [
+        few_rows("few rows", "*bf16"),
+        few_rows("few rows, split K", "*fp32"),
+        Specimen(
+            "sum_of_parts",
+            sum_of_parts_kernel,
+            {"parts": "*fp32", "c": "*bf16", "size": "i32", "count": "i32"},
+            lambda row: {"ADD": False},
+            divisible=("size",),
+        ),
+    ]
