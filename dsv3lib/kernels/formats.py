@@ -7,7 +7,7 @@ holds back registers from everything around it.
 
 from __future__ import annotations
 
-from .language import INTERPRETED, jit, tl, to_e4m3
+from .language import INTERPRETED, jit, tl, to_bf16, to_e4m3
 
 
 @jit
@@ -90,3 +90,11 @@ def pack_e4m3(a, b, c, d):
 @jit
 def _byte(x):
     return to_e4m3(x).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@jit
+def rounded_to(x, DTYPE: tl.constexpr):
+    """FP32 to a result's type, to nearest even in the interpreter too."""
+    if DTYPE == tl.bfloat16:
+        return to_bf16(x)
+    return x.to(DTYPE)
