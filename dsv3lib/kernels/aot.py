@@ -22,7 +22,9 @@ from typing import Any, Literal
 from ..errors import KernelError
 from . import dispatch, language, tuning
 
-FAMILIES = ("quantize", "gemm", "grouped_gemm", "mla_decode", "mla_prefill", "routing", "elementwise")
+FAMILIES = (
+    "quantize", "fused_quantize", "gemm", "grouped_gemm", "mla_decode", "mla_prefill", "routing", "elementwise",
+)  # fmt: skip
 FIRST_FP8 = 89  # the first generation with E4M3
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 # Bytes of shared memory that one block may have, by generation.
