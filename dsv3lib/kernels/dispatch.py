@@ -58,10 +58,18 @@ def on_triton(*tensors: Tensor | None) -> bool:
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether a Triton kernel can take this tensor: what a layer asks before it chooses a path; raises nothing."""
-    if tensor.device.type == "cpu":
-        return interpreted()
-    return tensor.is_cuda and language.INSTALLED and capability(tensor.device) >= LEAST_CAPABILITY
+    """Whether a Triton kernel can take this tensor; raises nothing."""
+    if tensor.is_cuda:
+        return language.INSTALLED and capability(tensor.device) >= LEAST_CAPABILITY
+    return interpreted() and tensor.device.type == "cpu"
+
+
+def for_layers(tensor: Tensor) -> bool:
+    """What a layer asks before it chooses between kernels and PyTorch: there is one, and the values are not FP64.
+
+    It is asked several times a layer, also where the answer is no: half a microsecond on a CPU.
+    """
+    return available(tensor) and tensor.dtype != torch.float64
 
 
 def has_fp8(device: torch.device) -> bool:

@@ -30,8 +30,12 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], step: Step) -> tuple[Float[Tensor, "B T D"], Routing | None]:
         """The block's output and, for a mixture, how its tokens were routed."""
-        x = x + self.self_attn(run(step.recipes, self.input_layernorm, x), step)
-        h = run(step.recipes, self.post_attention_layernorm, x)
+        attended = self.self_attn(run(step.recipes, self.input_layernorm, x), step)
+        if step.recipes is None:
+            h, x = self.post_attention_layernorm.of_sum(attended, x)
+        else:  # the sum is kept, and only its norm is made again
+            x = x + attended
+            h = run(step.recipes, self.post_attention_layernorm, x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
         y, routing = self.mlp(h)

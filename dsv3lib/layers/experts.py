@@ -15,7 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import grouped_gemm
+from ..kernels.dispatch import for_layers
+from ..kernels.gated import swiglu
+from ..kernels.grouped_gemm import grouped_gemm, grouped_gemm_ref
+from ..kernels.permutation import permute, unpermute
+from ..kernels.placement import place_visits_ref
 from .expert_by_expert import experts_one_by_one
 from .router import Router
 
@@ -75,6 +79,8 @@ class Experts(nn.Module):
         Args:
             x: tokens. indices: their experts. weights: gate values g, FP32.
         """
+        if for_layers(x):
+            return self.on_kernels(x, indices, weights)
         visits = sort_by_expert(indices, self.gate_up_proj.shape[0])
         if x.device.type == "cpu" and x.element_size() >= 4:
             matrices = (self.gate_up_proj, self.down_proj)
@@ -85,11 +91,20 @@ class Experts(nn.Module):
     def staged(
         self, x: Float[Tensor, "N D"], weights: Float[Tensor, "N A"], visits: Visits
     ) -> Float[Tensor, "N D"]:
-        """The same in stages, each over all experts: what a GPU is good at, and the plain form of the other."""
+        """The same in stages, each over all experts: the plain form of the two others."""
+        multiply = grouped_gemm if x.device.type == "cpu" else grouped_gemm_ref
         rows = dispatch(x, visits)
-        gate, up = grouped_gemm(rows, self.gate_up_proj, visits.counts).chunk(2, -1)
-        y = grouped_gemm(F.silu(gate) * up, self.down_proj, visits.counts)
+        gate, up = multiply(rows, self.gate_up_proj, visits.counts).chunk(2, -1)
+        y = multiply(F.silu(gate) * up, self.down_proj, visits.counts)
         return combine(y, weights.to(y.dtype), visits)
+
+    def on_kernels(
+        self, x: Float[Tensor, "N D"], indices: Int[Tensor, "N A"], weights: Float[Tensor, "N A"]
+    ) -> Float[Tensor, "N D"]:
+        """The same stages, each one kernel; how many tokens an expert got never leaves the GPU."""
+        rows, counts, positions = permute(x, indices, self.gate_up_proj.shape[0])
+        hidden = swiglu(grouped_gemm(rows, self.gate_up_proj, counts))
+        return unpermute(grouped_gemm(hidden, self.down_proj, counts), positions, weights)
 
 
 class Visits(NamedTuple):
@@ -114,11 +129,8 @@ def sort_by_expert(indices: Int[Tensor, "N A"], n_experts: int) -> Visits:
     Args:
         indices: chosen experts. n_experts: how many there are.
     """
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts = torch.bincount(flat, minlength=n_experts)
-    return Visits(order // indices.shape[1], order, inverse.view_as(indices), counts)
+    order, inverse, counts = place_visits_ref(indices, n_experts)
+    return Visits(order // indices.shape[1], order, inverse, counts)
 
 
 def dispatch(x: Float[Tensor, "N D"], visits: Visits) -> Float[Tensor, "NA D"]:

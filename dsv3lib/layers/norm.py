@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..kernels.dispatch import for_layers
+from ..kernels.norms import add_rms_norm, rms_norm
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + ε) · w, over the last dimension.
@@ -30,11 +33,22 @@ class RMSNorm(nn.Module):
         Args:
             x: any leading dimensions; bf16 and fp16 are normalised in FP32 and returned in their own dtype.
         """
+        if for_layers(x):
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype in (torch.bfloat16, torch.float16):
             return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
         if x.device.type == "cpu":
             return _CpuRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def of_sum(
+        self, x: Float[Tensor, "*batch dim"], residual: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+        """The normalised sum and the sum, which is the next residual: in one pass where there is a kernel for it."""
+        if for_layers(x):
+            return add_rms_norm(x, residual, self.weight, self.eps)
+        total = residual + x
+        return self(total), total
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..blas_threads import one_blas_thread
 from ..config import ModelConfig
 from ..errors import InputError
+from ..kernels.dispatch import for_layers
 from .attention import Step, absorbed_is_cheaper
 from .experts import Routing
 from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, TokenWeights
@@ -39,6 +40,7 @@ def applies(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
         and step.cache is not None
         and step.lengths is None
         and x.device.type == "cpu"
+        and not for_layers(x)
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_grad_enabled()
         and absorbed_is_cheaper(config, 1, len(step.cache) + 1)

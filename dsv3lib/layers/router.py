@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.routing import best, choose
+from ..kernels.dispatch import for_layers
+from ..kernels.routing import best, choose, gate
 
 
 def route(
@@ -109,8 +110,15 @@ class Router(nn.Module):
         self, x: Float[Tensor, "N D"]
     ) -> tuple[Int[Tensor, "N A"], Float[Tensor, "N A"], Float[Tensor, "N E"]]:
         """Experts of each token, their gate values, and the affinities s (for the balance loss)."""
+        cfg = self.config
+        if for_layers(x):
+            return gate(
+                F.linear(x.float(), self.weight.float()), self.e_score_correction_bias,
+                top_k=cfg.num_experts_per_tok, n_group=cfg.n_group, topk_group=cfg.topk_group,
+                normalize=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor,
+            )  # fmt: skip
         scores = self.scores(x)
-        indices, weights = route(scores, self.e_score_correction_bias, self.config)
+        indices, weights = route(scores, self.e_score_correction_bias, cfg)
         return indices, weights, scores
 
     def _apply(self, fn, recurse=True):
