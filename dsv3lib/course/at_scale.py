@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import CourseError
 from ..kernels import aot, dispatch, language
 from . import card
 
@@ -38,8 +39,9 @@ def compiled(builds: tuple[str, ...]) -> tuple[str, list[list[str]]]:
         return "Triton exists for Linux alone, so nothing is compiled here; `dsv3 kernels` shows this table there.", []
     if dispatch.interpreted():
         return "TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled.", []
-    families = tuple(f for f in aot.FAMILIES if any(name.startswith(f) for name in builds))
-    chosen = [b for b in aot.builds(families, ("sm_90",)) if any(b.name.startswith(name) for name in builds)]
+    chosen = [b for b in aot.builds(generations=("sm_90",)) if any(b.name.startswith(name) for name in builds)]
+    if not chosen:
+        raise CourseError(f"at_scale: no kernel is called {' or '.join(builds)}; `dsv3 kernels` lists them")
     rows = []
     for build in chosen:
         made = aot.compile_build(build)

@@ -33,6 +33,8 @@ SHARED_LIMIT: Mapping[str, int] = MappingProxyType(
 )
 MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
 
+_SHORT = MappingProxyType({"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma.sync"})
+
 Matrix = Literal["bf16", "fp8"]
 
 
@@ -157,7 +159,7 @@ def compile_build(build: Build) -> Compiled:
         spilled,
         max(static, made.metadata.shared),
         made.metadata.num_warps,
-        f"{found[0]}{_operands(whole.group())}" if found else "",
+        f"{_SHORT[found[0]]}{_operands(whole.group())}" if found else "",
         made.asm["ttir"],
         made.asm["ptx"],
     )

@@ -20,12 +20,12 @@ from ..errors import KernelError
 from . import aot, tuning
 
 EXPLANATION = """\
-registers: per thread; 65,536 a multiprocessor, so that 128 of them leave room for 512 threads, and 255 is the most.
-spilled: bytes a thread keeps in memory because its registers do not suffice: slow, and 0 in what ships for sm_90.
-shared: KiB that a block of threads takes of a multiprocessor's fast memory; what it leaves decides how many blocks
-  run side by side.
-instruction: what multiplies matrices. wgmma is Hopper's, for 4 warps at once, out of shared memory; mma.sync is the
-  older one for a single warp; tcgen05 is Blackwell's. e4m3 means FP8 operands, at twice bf16's rate."""
+Registers are counted per thread: 255 is the most, and 128 leave room for 512 threads on a multiprocessor. \
+Spilled are the bytes that a thread keeps in memory because its registers do not suffice: slow, and none in \
+what ships for sm_90. Shared is what a block of threads takes of a multiprocessor's fast memory; it decides \
+how many blocks run side by side. The instruction multiplies matrices: wgmma is Hopper's, for four warps at \
+once and out of shared memory; mma.sync the older one, for a single warp; tcgen05 is Blackwell's. e4m3 means \
+FP8 operands, at twice the rate of bf16."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _line(families: tuple[str, ...], generations: tuple[str, ...], index: int) -
     build = next(b for i, b in enumerate(aot.builds(families, generations)) if i == index)
     made = aot.compile_build(build)
     bounds = [f"{k} {low}–{high}" for k, (low, high) in build.row["when"].items()]
-    sizes = [f"{k.lower()}={v}" for k, v in build.row.items() if k != "when"]
+    sizes = [f"{k.removeprefix('num_').lower()} {v}" for k, v in build.row.items() if k != "when"]
     return Line(
         build.specimen.operation,
         build.specimen.variant,
@@ -116,23 +116,20 @@ def _line(families: tuple[str, ...], generations: tuple[str, ...], index: int) -
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """The lines as a table, spills in red."""
+    """The lines as a table, settings under the name, spills in red."""
     shown = Table(title="dsv3 kernels", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    shown.add_column("operation", overflow="fold")
-    shown.add_column("for")
-    shown.add_column("settings", overflow="fold", style="dim")
-    for heading in ("registers", "spilled", "shared", "warps"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("instruction", overflow="fold")
+    several = len({line.generation for line in lines}) > 1
+    shown.add_column("operation", overflow="fold", ratio=1)
+    if several:
+        shown.add_column("for")
+    for heading in ("registers", "spilled", "shared"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("instruction", no_wrap=True)
     for line in lines:
-        shown.add_row(
-            " ".join(filter(None, (line.operation, line.variant))),
-            line.generation,
-            line.settings,
-            str(line.registers),
-            Text(str(line.spilled), style="red" if line.spilled else ""),
-            f"{line.shared / 1024:.0f} KiB",
-            str(line.warps),
-            line.instruction or "–",
-        )
+        name = Text(" ".join(filter(None, (line.operation, line.variant))))
+        name.append(f"\n  {line.settings}", style="dim")
+        generation = [line.generation] if several else []
+        spilled = Text(str(line.spilled), style="red" if line.spilled else "")
+        shared = f"{line.shared / 1024:.0f} KiB"
+        shown.add_row(name, *generation, str(line.registers), spilled, shared, line.instruction or "–")
     return shown
