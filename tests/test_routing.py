@@ -21,7 +21,7 @@ def gates(draw: st.DrawFn) -> dict:
         "n_group": n_group,
         "topk_group": kept,
         "top_k": draw(st.integers(1, min(8, kept * group))),
-        "normalize": draw(st.booleans()),
+        "norm": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }
 
@@ -40,7 +40,7 @@ def draw(how: dict, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor,
     return logits, bias, how
 
 
-def in_plain_python(logits, bias, *, top_k, n_group, topk_group, normalize, scale):
+def in_plain_python(logits, bias, *, top_k, n_group, topk_group, norm, scale):
     """Token by token: sort by (affinity down, index up)."""
     all_indices, all_weights = [], []
     for s in logits.sigmoid().tolist():
@@ -51,7 +51,7 @@ def in_plain_python(logits, bias, *, top_k, n_group, topk_group, normalize, scal
         kept = sorted(groups, key=lambda g: (-totals[g], g))[:topk_group]
         allowed = [e for e in range(len(s)) if e // size in kept]
         chosen = sorted(allowed, key=lambda e: (-steered[e], e))[:top_k]
-        total = sum(s[e] for e in chosen) if normalize else 1.0
+        total = sum(s[e] for e in chosen) if norm else 1.0
         all_indices.append(chosen)
         all_weights.append([s[e] / total * scale for e in chosen])
     shape = (len(logits), top_k)
@@ -79,7 +79,7 @@ def test_gate_is_the_papers_rule(how, tokens, seed):
 def weighs_with_the_bias(logits, bias, **how):
     indices, _, scores = gate_ref(logits, bias, **how)
     weights = (scores + bias).gather(-1, indices)
-    if how["normalize"]:
+    if how["norm"]:
         weights = weights / weights.sum(-1, keepdim=True)
     return indices, weights * how["scale"], scores
 
@@ -122,7 +122,7 @@ def test_nan_is_refused_where_looking_costs_nothing():
         gate(logits, torch.zeros(4), top_k=1)
     with pytest.raises(InputError, match="NaN"):
         choose(
-            logits, torch.zeros(4), top_k=1, n_group=1, topk_group=1, normalize=True, scale=1.0
+            logits, torch.zeros(4), top_k=1, n_group=1, topk_group=1, norm=True, scale=1.0
         )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def gate(
     top_k: int,
     n_group: int = 1,
     topk_group: int = 1,
-    normalize: bool = True,
+    norm: bool = True,
     scale: float = 1.0,
     with_scores: bool = True,
     settings: dict[str, Any] | None = None,
@@ -58,7 +58,7 @@ def gate(
     Args:
         logits: u · e_i, FP32 (FP64 goes to the reference), rows side by side. bias: b, FP32.
         top_k: K_r, experts a token visits. n_group, topk_group: groups, and how many of them one token may use.
-        normalize: divide by the sum over the chosen. scale: ``routed_scaling_factor``.
+        norm: divide by the sum over the chosen. scale: ``routed_scaling_factor``.
         with_scores: also return s, which the balance loss needs. settings: other than those tuned.
 
     Returns:
@@ -75,7 +75,7 @@ def gate(
         "top_k": top_k,
         "n_group": n_group,
         "topk_group": topk_group,
-        "normalize": normalize,
+        "norm": norm,
         "scale": scale,
     }
     if logits.dtype == torch.float64 or not on_triton(logits, bias):
@@ -100,7 +100,7 @@ def choose(
     top_k: int,
     n_group: int,
     topk_group: int,
-    normalize: bool,
+    norm: bool,
     scale: float,
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """The rule itself, in PyTorch; ``layers.router.route`` tells it with the model's configuration.
@@ -124,7 +124,7 @@ def choose(
         chosen_by = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
     indices = best(chosen_by, top_k)
     weights = scores.gather(-1, indices)
-    if normalize:
+    if norm:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return indices, weights * scale
 
@@ -174,7 +174,7 @@ class _Gate(torch.autograd.Function):
                     logits, bias.float().contiguous(), indices, weights, scores if with_scores else logits,
                     logits.stride(0), tokens, how["scale"],
                     N_GROUP=how["n_group"], GROUP=group, TOPK_GROUP=how["topk_group"], TOP_K=k,
-                    NORMALIZE=how["normalize"], WITH_SCORES=with_scores,
+                    NORMALIZE=how["norm"], WITH_SCORES=with_scores,
                     G_PAD=triton.next_power_of_2(how["n_group"]), S_PAD=triton.next_power_of_2(group),
                     K_PAD=triton.next_power_of_2(k), **row,
                 )  # fmt: skip
@@ -198,7 +198,7 @@ class _Gate(torch.autograd.Function):
                 gate_backward_kernel[(triton.cdiv(tokens, row["BLOCK_T"]),)](
                     kept, indices, grad_weights, kept if grad_scores is None else grad_scores.contiguous(),
                     grad_logits, kept.stride(0), tokens, experts, ctx.how["scale"],
-                    TOP_K=k, NORMALIZE=ctx.how["normalize"], FROM_SCORES=ctx.with_scores,
+                    TOP_K=k, NORMALIZE=ctx.how["norm"], FROM_SCORES=ctx.with_scores,
                     WITH_SCORES=grad_scores is not None,
                     E_PAD=triton.next_power_of_2(experts), **row,
                 )  # fmt: skip

@@ -42,7 +42,7 @@ def route(
     """
     return choose(
         scores, bias, top_k=config.num_experts_per_tok, n_group=config.n_group, topk_group=config.topk_group,
-        normalize=config.norm_topk_prob, scale=config.routed_scaling_factor,
+        norm=config.norm_topk_prob, scale=config.routed_scaling_factor,
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ class Router(nn.Module):
             return gate(
                 F.linear(x.float(), self.weight.float()), self.e_score_correction_bias,
                 top_k=cfg.num_experts_per_tok, n_group=cfg.n_group, topk_group=cfg.topk_group,
-                normalize=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor,
+                norm=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor,
             )  # fmt: skip
         scores = self.scores(x)
         indices, weights = route(scores, self.e_score_correction_bias, cfg)

@@ -9,7 +9,7 @@ from strategies import SEEDS, assert_rejects
 from dsv3lib.errors import KernelError
 from dsv3lib.kernels.routing import choose, gate, gate_ref
 
-V3 = {"experts": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "normalize": True, "scale": 2.5}
+V3 = {"experts": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True, "scale": 2.5}
 
 
 @st.composite
@@ -23,7 +23,7 @@ def gates(draw: st.DrawFn) -> dict:
         "n_group": n_group,
         "topk_group": kept,
         "top_k": draw(st.integers(1, min(9, kept * group))),
-        "normalize": draw(st.booleans()),
+        "norm": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }
 
@@ -124,7 +124,7 @@ def test_saturated_and_infinite(device):
     logits = torch.tensor([[-200.0, 200.0, -200.0, 0.0, float("inf"), float("-inf")]], device=device)
     bias = torch.tensor([0.0, -1.0, 0.0, float("-inf"), 0.0, 0.0], device=device)
     for groups, kept in ((1, 1), (3, 2), (3, 3)):
-        how = {"top_k": 4, "n_group": groups, "topk_group": kept, "normalize": True, "scale": 1.0}
+        how = {"top_k": 4, "n_group": groups, "topk_group": kept, "norm": True, "scale": 1.0}
         indices, weights, scores = gate(logits, bias, **how)
         assert torch.equal(scores.cpu()[0, [1, 4]], torch.ones(2))
         expected = choose(scores.cpu(), bias.cpu(), **how)
@@ -138,7 +138,7 @@ def test_nan_goes_through_and_harms_no_other_token(device, sign):
     logits = torch.randn(5, 12, device=device)
     spoilt = logits.clone()
     spoilt[2, 7] = torch.tensor(float("nan")) * sign
-    how = {"top_k": 3, "n_group": 3, "topk_group": 2, "normalize": True, "scale": 1.0}
+    how = {"top_k": 3, "n_group": 3, "topk_group": 2, "norm": True, "scale": 1.0}
     clean, dirty = (
         gate(logits, torch.zeros(12, device=device), **how),
         gate(spoilt, torch.zeros(12, device=device), **how),
@@ -154,7 +154,7 @@ def test_nan_goes_through_and_harms_no_other_token(device, sign):
 def test_more_than_256_experts(device):
     check(
         gate, device,
-        {"experts": 384, "n_group": 1, "topk_group": 1, "top_k": 16, "normalize": True, "scale": 1.0}, 5, 1,
+        {"experts": 384, "n_group": 1, "topk_group": 1, "top_k": 16, "norm": True, "scale": 1.0}, 5, 1,
     )  # fmt: skip
 
 
