@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from strategies import SEEDS, assert_rejects, unchecked
 
 from dsv3lib.errors import KernelError
-from dsv3lib.kernels import grouped_gemm, grouped_gemm_ref
+from dsv3lib.kernels.grouped_gemm import (
+    grouped_gemm,
+    grouped_gemm_masked,
+    grouped_gemm_masked_ref,
+    grouped_gemm_ref,
+)
 
 CASES = {
     "counts": st.lists(st.integers(0, 5), min_size=1, max_size=6),
@@ -84,3 +89,47 @@ def test_only_what_is_asked_for_is_computed() -> None:
 def test_operands_that_do_not_fit_are_refused(counts: list[int], width: int) -> None:
     with unchecked(), pytest.raises(KernelError, match="grouped_gemm"):
         grouped_gemm(torch.zeros(3, 3), torch.zeros(2, 5, width), torch.tensor(counts))
+
+
+@pytest.mark.parametrize("product", [grouped_gemm_masked, grouped_gemm_masked_ref])
+@given(**CASES)
+def test_masked_rows_beyond_the_count_have_no_part(
+    product, counts: list[int], width: int, out: int, seed: int
+) -> None:
+    x, weight = operands(counts, width, out, seed)
+    room = max(counts) + 1
+    padded = torch.full((len(counts), room, width), float("nan"), dtype=x.dtype)
+    for group, rows in zip(padded, x.detach().split(counts), strict=True):
+        group[: len(rows)] = rows
+    padded.requires_grad_()
+    y = product(padded, weight, torch.tensor(counts))
+    valid = torch.arange(room) < torch.tensor(counts)[:, None]
+    torch.testing.assert_close(y[valid], row_by_row(x, weight, counts), rtol=0, atol=1e-12)
+    if sum(counts) == 0:
+        return
+    y[valid].square().sum().backward()
+    grad_x, grad_w = torch.autograd.grad(row_by_row(x, weight, counts).square().sum(), (x, weight))
+    torch.testing.assert_close(padded.grad[valid], grad_x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(weight.grad, grad_w, rtol=0, atol=1e-10)
+    assert not padded.grad[~valid].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(3, 3, dtype=torch.int64)}, "x is int64"),
+        ({"weight": torch.zeros(2, 5, 3).double()}, "weight is float64, expected float32"),
+        ({"weight": torch.zeros(5, 3)}, "weight has shape [5, 3]"),
+        ({"counts": torch.tensor([2.0, 1.0])}, "counts is float32"),
+    ],
+)
+def test_dtypes_and_shapes_that_do_not_fit_are_refused(changes: dict, words: str) -> None:
+    fine = {"x": torch.zeros(3, 3), "weight": torch.zeros(2, 5, 3), "counts": torch.tensor([2, 1])}
+    with unchecked(), pytest.raises(KernelError) as raised:
+        grouped_gemm(**fine | changes)
+    assert words in str(raised.value)
+
+
+def test_masked_groups_must_agree() -> None:
+    with unchecked(), pytest.raises(KernelError, match="x has 3 groups of rows, weight has 2 groups"):
+        grouped_gemm_masked(torch.zeros(3, 4, 3), torch.zeros(2, 5, 3), torch.tensor([2, 1]))

@@ -46,18 +46,19 @@ def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @jit
 def sum_of_slices(
-    a, b, row, b_row, scale, inside, b_scale, stride_ak, stride_bk, next_half, inside_next, slices,
+    a, b, row, b_row, scale, inside, b_scale, stride_ak, stride_bk, next_half, inside_next,
+    first_slice, last_slice,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, TILED: tl.constexpr,
     SCALES_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of a tile over all of K: rows ``row`` and ``row + BLOCK_M`` of a against ``b_row`` of b.
+    """Both halves of a tile over a range of slices: rows ``row`` and ``row + BLOCK_M`` of a against ``b_row`` of b.
 
     ``scale`` points at the first half's scales, ``next_half`` elements on lie the second's; ``b_scale`` at one
     scale, or at BLOCK_N of them where b has 1 x 128 tiles. Scales are asked for before a product and used after it.
     """
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for s in tl.range(0, slices, num_stages=SCALES_AHEAD):
+    for s in tl.range(first_slice, last_slice, num_stages=SCALES_AHEAD):
         x = a.load([row, s * 128])
         y = b.load([b_row, s * 128]).T
         factor_b = tl.load(b_scale)

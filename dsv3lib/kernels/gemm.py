@@ -169,8 +169,8 @@ def gemm_fp8_kernel(
             b_scale = b_scales + row_offset(col // 128, stride_bn)
         next_half = row_offset(tl.full((), BLOCK_M, tl.int32), stride_am)
         first, second = sum_of_slices(
-            a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, next_half, rows + BLOCK_M < M, K // 128,
-            BLOCK_M, BLOCK_N, HALVES, TILED, num_stages if TILED else None,
+            a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, next_half, rows + BLOCK_M < M,
+            0, K // 128, BLOCK_M, BLOCK_N, HALVES, TILED, num_stages if TILED else None,
         )  # fmt: skip
         if ADD:
             first += c.load([row, col])
