@@ -103,6 +103,29 @@ def quantize_both(device: torch.device, M: int, K: int) -> Work:
     )
 
 
+def fused(device: torch.device, M: int, D: int, norm: int) -> Work:
+    """RMSNorm or SwiGLU with quantisation as its last step: the result is never written in BF16."""
+    x = noise(device, M, D if norm else 2 * D)
+    w = noise(device, D)
+    ours = (lambda: k.rms_norm_quantize(x, w, 1e-6)) if norm else (lambda: k.swiglu_quantize(x))
+    plain = (lambda: k.rms_norm_quantize_ref(x, w, 1e-6)) if norm else (lambda: k.swiglu_quantize_ref(x))
+    apart = (lambda: k.quantize_tiles(k.rms_norm(x, w, 1e-6))) if norm else (lambda: k.quantize_tiles(k.swiglu(x)))
+
+    def error() -> float:
+        found, expected = ours(), plain()
+        return peers.difference(k.dequantize(*found[:2]), k.dequantize_ref(*expected[:2]))
+
+    return Work(
+        ours,
+        error,
+        BF16_DIFFERENCE,
+        0.0,
+        x.nbytes + M * D + 4 * M * D // TILE,
+        peers={"two kernels": lambda: apart},
+        goals={"of copy": 0.85},
+    )
+
+
 def gemm(device: torch.device, M: int, N: int, K: int) -> Work:
     """y = x Wᵀ in FP8 with 1x128 and 128x128 scales."""
     x, w = noise(device, M, K), noise(device, N, K)
@@ -184,7 +207,7 @@ def decode(
     lengths[0] = S
     queries = noise(device, B, q, H, C + R)
     scale = (C // 4 + R) ** -0.5
-    held = k.quantize_latent(cache) if fp8 else cache
+    held = k.quantize_latent(cache, C) if fp8 else cache
     arguments = (queries, held, order, lengths, scale, C)
 
     def error() -> float:
@@ -383,6 +406,8 @@ def swiglu(device: torch.device, M: int, D: int) -> Work:
 TABLE: list[tuple[str, Callable[..., Work], list[dict[str, int]], dict[str, int]]] = [
     ("quantize_tiles", quantize, [{"M": 32768, "K": 4096}, {"M": 32768, "K": 7168}], {"M": 5, "K": 256}),
     ("quantize_tiles_both", quantize_both, [{"M": 32768, "K": 7168}], {"M": 128, "K": 256}),
+    ("rms_norm_quantize", partial(fused, norm=1), [{"M": 32768, "D": 7168}], {"M": 5, "D": 256}),
+    ("swiglu_quantize", partial(fused, norm=0), [{"M": 32768, "D": 2048}], {"M": 5, "D": 256}),
     (
         "gemm_fp8",
         gemm,
