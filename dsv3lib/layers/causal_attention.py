@@ -48,11 +48,12 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
         out, kept = torch.empty_like(v), []
+        above = above_diagonal(BLOCK, q)
         for q_g, k_g, v_g, out_g in groups(q, k, v, out):
             q_g, k_t = q_g * scale, k_g.transpose(1, 2)
             for start, end in blocks(q.shape[1]):
                 scores = torch.bmm(q_g[:, start:end], k_t[..., :end])
-                scores[..., start:] += above_diagonal(end - start, scores)
+                scores[..., start:] += above[: end - start, : end - start]
                 p = torch.softmax(scores, -1, out=scores)
                 out_g[:, start:end] = torch.bmm(p, v_g[:, :end])
                 kept.append(p)
@@ -63,18 +64,29 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        probabilities = iter(kept)
-        for q_g, k_g, v_g, to_out, to_q, to_k, to_v in groups(q, k, v, grad, grad_q, grad_k, grad_v):
-            q_g, v_t = q_g * ctx.scale, v_g.transpose(1, 2)
-            for start, end in blocks(q.shape[1]):
-                p, g = next(probabilities), to_out[:, start:end]
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        cut = blocks(q.shape[1])
+        each = zip(groups(q, k, v, grad, grad_q, grad_k, grad_v), batched(kept, len(cut)), strict=True)
+        for (q_g, k_g, v_g, to_out, to_q, to_k, to_v), probabilities in each:
+            v_t = v_g.transpose(1, 2)
+            # From the last block, which meets every column and so writes where the others add.
+            for (start, end), p in zip(reversed(cut), reversed(probabilities), strict=True):
+                g, q_b = to_out[:, start:end], q_g[:, start:end]
                 grad_p = torch.bmm(g, v_t[..., :end])
                 grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-                to_v[:, :end] += torch.bmm(p.transpose(1, 2), g)
-                to_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q_g[:, start:end])
+                if end == q.shape[1]:
+                    torch.bmm(p.transpose(1, 2), g, out=to_v)
+                    torch.bmm(grad_s.transpose(1, 2), q_b, out=to_k)
+                else:
+                    to_v[:, :end] += torch.bmm(p.transpose(1, 2), g)
+                    to_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q_b)
                 to_q[:, start:end] = torch.bmm(grad_s, k_g[:, :end])
-        return grad_q.mul_(ctx.scale), grad_k, grad_v, None
+        return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v, None
+
+
+def batched(items: list[Tensor], n: int) -> list[list[Tensor]]:
+    """The items, n at a time."""
+    return [items[i : i + n] for i in range(0, len(items), n)]
 
 
 def groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
