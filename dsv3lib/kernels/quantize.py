@@ -20,8 +20,6 @@ are on their way to it, four times what covers the memory's latency.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,8 +29,8 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_dtype, require_multiple
 from .dispatch import has_fp8, on_device, on_triton
-from .formats import pack_e4m3, scale_and_inverse, size_bits, to_e5m6
-from .language import jit, row_offset, tl, to_bf16, to_e4m3, triton
+from .formats import pack_e4m3, rounded_to, scale_and_inverse, size_bits, to_e5m6
+from .language import jit, row_offset, tl, to_e4m3, triton
 from .quantize_ref import (
     TILE,
     BothWays,
@@ -361,61 +359,36 @@ def dequantize_kernel(
         inside = (tile < n_tiles)[:, None] & (column < K)
     scale = tl.load(scales + row_offset(row // HEIGHT, per_row) + along, mask=tile < n_tiles, other=0.0)
     result = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * scale[:, None]
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out + place, to_bf16(result), mask=inside)
-    else:
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-
-
-# ---- what is compiled ahead of time ------------------------------------------------------------------------
+    tl.store(out + place, rounded_to(result, out.dtype.element_ty), mask=inside)
 
 
 def specimens() -> list[Specimen]:
     """The ways in which these kernels are called at V3's sizes."""
-    made = []
-    sizes = {"n_tiles": "i32", "per_row": "i32", "stride_x": "i32"}
-    for format in ("e4m3", "e5m6"):
+    made, fp8 = [], "*fp8e4nv"
+
+    def add(operation, kernel, pointers, sizes, variant, even=None, **constants) -> None:
+        arguments = pointers | {"scales": "*fp32", "scales_t": "*fp32"} | dict.fromkeys(sizes, "i32")
+        needs_fp8 = fp8 in pointers.values()
+        made.append(Specimen(
+            operation, kernel, arguments, lambda row: constants, variant, fp8=needs_fp8, divisible=even or sizes
+        ))  # fmt: skip
+
+    for values, name in ((fp8, "e4m3"), ("*fp16", "e5m6")):
         for x, flat, power in (("*bf16", True, False), ("*bf16", False, True), ("*fp32", True, False)):
-            e5m6 = format == "e5m6"
-            made.append(Specimen(
-                "quantize_tiles", quantize_tiles_kernel,
-                {"x": x, "values": "*fp16" if e5m6 else "*fp8e4nv", "scales": "*fp32"} | sizes,
-                _given(FLAT=flat, POWER_OF_TWO=power, E5M6=e5m6),
-                f"{format} {x[1:]}{'' if flat else ' rows apart'}{' power of two' if power else ''}",
-                fp8=not e5m6, divisible=("n_tiles", "stride_x"),
-            ))  # fmt: skip
-    outputs = {name: "*fp8e4nv" for name in ("values", "values_t")} | {"scales": "*fp32", "scales_t": "*fp32"}
+            add("quantize_tiles", quantize_tiles_kernel, {"x": x, "values": values},
+                ("n_tiles", "per_row", "stride_x"),
+                f"{name} {x[1:]}{'' if flat else ' rows apart'}{' power of two' if power else ''}",
+                ("n_tiles", "stride_x"), FLAT=flat, POWER_OF_TWO=power, E5M6=values != fp8)  # fmt: skip
     for power in (False, True):
-        both = outputs | {
-            "x": "*bf16",
-            "words_t": "*i32",
-            "M": "i32",
-            "K": "i32",
-            "padded": "i32",
-            "stride_x": "i32",
-        }
-        made.append(Specimen(
-            "quantize_tiles_both", quantize_tiles_both_kernel, both, _given(POWER_OF_TWO=power),
-            "power of two" if power else "", fp8=True, divisible=("M", "K", "padded", "stride_x"),
-        ))  # fmt: skip
-    for w, transposed in (("*bf16", True), ("*fp32", False)):
-        blocks = outputs | {"w": w, "N": "i32", "K": "i32", "stride_w": "i32"}
-        made.append(Specimen(
-            "quantize_blocks", quantize_blocks_kernel, blocks,
-            _given(POWER_OF_TWO=False, TRANSPOSED=transposed, EDGE=128, SIDE=128),
-            f"{w[1:]}{' both' if transposed else ''}", fp8=True, divisible=("N", "K", "stride_w"),
-        ))  # fmt: skip
-    fp8 = "*fp8e4nv"
-    for height, even, values in ((1, True, fp8), (128, True, fp8), (128, False, fp8), (1, True, "*fp16")):
-        back = {"values": values, "scales": "*fp32", "out": "*bf16"}
-        made.append(Specimen(
-            "dequantize", dequantize_kernel, back | {"n_tiles": "i32", "per_row": "i32", "K": "i32"},
-            _given(HEIGHT=height, EVEN=even),
+        add("quantize_tiles_both", quantize_tiles_both_kernel,
+            {"x": "*bf16", "values": fp8, "words_t": "*i32"}, ("M", "K", "padded", "stride_x"),
+            "power of two" if power else "", POWER_OF_TWO=power)  # fmt: skip
+    for w, turned in (("*bf16", True), ("*fp32", False)):
+        add("quantize_blocks", quantize_blocks_kernel, {"w": w, "values": fp8, "values_t": fp8},
+            ("N", "K", "stride_w"), f"{w[1:]}{' both' if turned else ''}",
+            POWER_OF_TWO=False, TRANSPOSED=turned, EDGE=TILE, SIDE=TILE)  # fmt: skip
+    for height, even, values in ((1, True, fp8), (TILE, True, fp8), (TILE, False, fp8), (1, True, "*fp16")):
+        add("dequantize", dequantize_kernel, {"values": values, "out": "*bf16"}, ("n_tiles", "per_row", "K"),
             f"{values[1:]} {'tiles' if height == 1 else 'blocks'}{'' if even else ' cut short'}",
-            fp8=values == fp8, divisible=("n_tiles", "K") if even else ("n_tiles",),
-        ))  # fmt: skip
+            ("n_tiles", "K") if even else ("n_tiles",), HEIGHT=height, EVEN=even)  # fmt: skip
     return made
-
-
-def _given(**constants: int) -> Callable[[tuning.Row], dict[str, int]]:
-    return lambda row: constants
