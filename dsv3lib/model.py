@@ -22,6 +22,7 @@ from . import checkpoint
 from .config import ModelConfig
 from .errors import InputError
 from .inputs import IGNORED, check_inputs
+from .kernels.dispatch import for_layers
 from .layers.attention import Step
 from .layers.block import Block
 from .layers.cache import LatentCache
@@ -218,11 +219,18 @@ class DeepSeekV3(nn.Module):
             return Step(self.rope.table(n_new, like), recipes=recipes)
         before, _ = cache.plan(batch, n_new, lengths)
         n_total = len(cache) + n_new
+        held = None
         if not cache.ragged:
-            return Step(self.rope.table(n_total, like)[-n_new:], cache=cache, lengths=lengths)
-        positions = before.to(input_ids.device)[:, None] + torch.arange(n_new, device=input_ids.device)
+            if for_layers(like):
+                held = torch.full((batch,), n_total, dtype=torch.int32, device=input_ids.device)
+            return Step(self.rope.table(n_total, like)[-n_new:], cache=cache, lengths=lengths, held=held)
+        # Not blocking: the host must not wait for what the GPU has under way.
+        before = before.to(input_ids.device, non_blocking=True)
+        if for_layers(like):
+            held = (before + n_new).int()
+        positions = before[:, None] + torch.arange(n_new, device=input_ids.device)
         mask = torch.arange(n_total, device=input_ids.device) <= positions[..., None]
-        return Step(self.rope(positions, n_total, like), mask[:, None], cache, lengths)
+        return Step(self.rope(positions, n_total, like), mask[:, None], cache, lengths, held=held)
 
     def _mtp_chain(
         self, hidden: Tensor, embeddings: Tensor, step: Step

@@ -18,6 +18,10 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..kernels.dispatch import for_layers
+from ..kernels.latent import norm_and_turn
+from ..kernels.mla_decode import MOST_NEW, mla_decode
+from ..kernels.rotary import rope
 from .cache import LatentCache
 from .causal_attention import MOST_TOKENS, causal_attention
 from .norm import RMSNorm
@@ -36,6 +40,7 @@ class Step:
         cache: where latents are kept, or ``None``.
         lengths: valid tokens per row, or ``None`` for all.
         recipes: where norms and up-projections are remembered for recomputation, or ``None`` to save them.
+        held: tokens of each row with the new ones, on the cache's device, where kernels read the cache.
     """
 
     turns: Complex[Tensor, "*BT half"]
@@ -43,6 +48,7 @@ class Step:
     cache: LatentCache | None = None
     lengths: Int[Tensor, " B"] | None = None
     recipes: Recipes | None = None
+    held: Int[Tensor, " B"] | None = None
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -78,7 +84,10 @@ class MultiHeadLatentAttention(nn.Module):
         c_q = x if self.config.q_lora_rank is None else self.q_a_proj(x)
         q = run(step.recipes, self.queries, c_q, step.turns)
         if step.cache is not None and absorbed_is_cheaper(self.config, x.shape[1], latents.shape[1]):
-            heads = self.absorbed(q, latents, step.mask)
+            if step.held is not None and decodes(q, step):
+                heads = self.absorbed_on_kernels(q, step)
+            else:
+                heads = self.absorbed(q, latents, step.mask)
         else:
             heads = self.expanded(q, latents, step.mask, step.recipes)
         return self.o_proj(heads.flatten(2))
@@ -88,6 +97,9 @@ class MultiHeadLatentAttention(nn.Module):
         return run(step.recipes, self._norm_and_turn, self.kv_a_proj_with_mqa(x), step.turns)
 
     def _norm_and_turn(self, c_kv_k_rope: Tensor, turns: Tensor) -> Tensor:
+        if for_layers(c_kv_k_rope):
+            norm = self.kv_a_layernorm
+            return norm_and_turn(c_kv_k_rope, norm.weight, turns, norm.eps)
         c_kv, k_rope = c_kv_k_rope.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         return torch.cat([self.kv_a_layernorm(c_kv), apply_rope(k_rope, turns)], -1)
 
@@ -96,7 +108,11 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "B H T QK"]:
         """Every head's query, content part beside turned rotary part (Eqs. 6 to 9)."""
         q = self.q_proj(c_q) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(c_q))
-        q = q.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim)).transpose(1, 2)
+        q = q.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
+        if for_layers(q):
+            # The kernel turns a key too, which here is turned already: a head's rotary part stands in for it.
+            return rope(q, q[..., 0, -self.config.qk_rope_head_dim :].detach(), turns)[0].transpose(1, 2)
+        q = q.transpose(1, 2)
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
         return torch.cat([q_nope, apply_rope(q_rope, turns if turns.ndim == 2 else turns[:, None])], -1)
 
@@ -140,9 +156,7 @@ class MultiHeadLatentAttention(nn.Module):
         the same keys and values, so heads and queries together are the rows of two plain matrix products.
         """
         cfg = self.config
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
-            [cfg.qk_nope_head_dim, cfg.v_head_dim], 1
-        )  # [H, K, C], [H, V, C]
+        w_uk, w_uv = self.up_projections()
         batch, heads, n_new = q.shape[:3]
         q_nope, q_rope = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
         q_latent = q_nope @ w_uk
@@ -155,6 +169,46 @@ class MultiHeadLatentAttention(nn.Module):
         p = scores.softmax(-1, dtype=torch.float32 if scores.element_size() < 4 else None).to(scores.dtype)
         u_BHTC = (p @ latents[..., : cfg.kv_lora_rank]).view(batch, heads, n_new, -1)
         return (u_BHTC @ w_uv.transpose(1, 2)).transpose(1, 2)
+
+    def up_projections(self) -> tuple[Float[Tensor, "H K C"], Float[Tensor, "H V C"]]:
+        """W_UK and W_UV of every head, as views."""
+        cfg = self.config
+        return self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], 1
+        )
+
+    def absorbed_on_kernels(self, q: Float[Tensor, "B H T QK"], step: Step) -> Float[Tensor, "B T H V"]:
+        """The same, reading the cache's pages where they lie; rows of any lengths, each by its own.
+
+        The kernel takes four new tokens at a time; what comes later in a row is hidden from those before it by
+        the length alone.
+        """
+        cfg = self.config
+        batch, heads, n_new = q.shape[:3]
+        w_uk, w_uv = self.up_projections()
+        # One product a head over all tokens: [H, B T, K] x [H, K, C].
+        q_HBTK = q.permute(1, 0, 2, 3).flatten(1, 2)
+        q_nope, q_rope = q_HBTK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
+        joined = torch.cat([(q_nope @ w_uk).transpose(0, 1), q_rope.transpose(0, 1)], -1)
+        joined = joined.view(batch, n_new, heads, -1)
+        pages, table = step.cache.pages(self.layer)
+        parts = []
+        for start in range(0, n_new, MOST_NEW):
+            some = joined[:, start : start + MOST_NEW]
+            held = step.held - (n_new - start - some.shape[1])
+            parts.append(mla_decode(some, pages, table, held, cfg.softmax_scale, cfg.kv_lora_rank)[0])
+        u_HBTC = torch.cat(parts, 1).permute(2, 0, 1, 3).flatten(1, 2)
+        u_HBTV = (u_HBTC @ w_uv.transpose(1, 2)).unflatten(1, (batch, n_new))
+        return u_HBTV.permute(1, 2, 0, 3)
+
+
+def decodes(q: Float[Tensor, "B H T QK"], step: Step) -> bool:
+    """Whether the decoding kernel takes a call: it keeps no gradient, and is made for a few new tokens.
+
+    Rows that hold different numbers of tokens go there however many are new: elsewhere they need a mask.
+    """
+    few = q.shape[2] <= MOST_NEW or step.mask is not None
+    return few and not (torch.is_grad_enabled() and q.requires_grad)
 
 
 def absorbed_is_cheaper(config: ModelConfig, n_new: int, n_total: int) -> bool:

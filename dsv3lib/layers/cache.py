@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CacheError, ContextLengthError
+from ..kernels.dispatch import for_layers
+from ..kernels.mla_decode import PAGE, as_pages
 
 
 class LatentCache:
@@ -38,6 +40,7 @@ class LatentCache:
         self._buffers: list[Tensor | None] = [None] * self.n_layers
         self._length = 0  # the longest row
         self._ragged = False
+        self._table: Tensor | None = None
 
     def __len__(self) -> int:
         """Tokens in the longest row."""
@@ -108,7 +111,8 @@ class LatentCache:
             buffer[:, start:end] = latent
             return buffer[:, :end]
         rows = torch.arange(batch, device=latent.device)[:, None]
-        columns = self.lengths.to(latent.device)[:, None] + torch.arange(new, device=latent.device)
+        starts = self.lengths.to(latent.device, non_blocking=True)
+        columns = starts[:, None] + torch.arange(new, device=latent.device)
         buffer[rows, columns] = latent
         # Masked positions get a weight of 0, but 0 x NaN would still be NaN.
         first = int(self.lengths.min()) + new
@@ -129,6 +133,16 @@ class LatentCache:
         if buffer is None or buffer.shape[1] < end or buffer.dtype != like.dtype:
             buffer = self._grow(layer, like, end)
         return buffer.numpy()[0, :end]
+
+    def pages(self, layer: int) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
+        """A layer's buffer as the decoding kernel reads it: pages of 64 tokens, and which are whose. No copy.
+
+        Only where there are kernels: elsewhere a buffer need not be a whole number of pages.
+        """
+        buffer = self._buffers[layer]
+        if self._table is None or self._table.numel() * PAGE != buffer.shape[0] * buffer.shape[1]:
+            self._table = as_pages(buffer)[1]  # all layers' buffers are alike
+        return buffer.view(-1, PAGE, buffer.shape[2]), self._table
 
     def advance(self, new: int, lengths: Int[Tensor, " B"] | None = None) -> None:
         """Count the tokens of this step as held, after every layer has appended them."""
@@ -162,6 +176,8 @@ class LatentCache:
             )
         capacity = max(needed, self._first_capacity, 0 if old is None else 2 * old.shape[1])
         capacity = max(needed, min(capacity, self.config.max_position_embeddings))
+        if for_layers(like):
+            capacity = -(-capacity // PAGE) * PAGE
         with torch.inference_mode(False):  # begun in inference mode, it may go on outside
             buffer = torch.empty(like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=like.device)
         if old is not None:
