@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config import ModelConfig
+from ..devices import HELP, find_device
 from ..errors import CheckpointError, InputError
 from ..model import DeepSeekV3
 from ..training.run_folder import MODEL_FOLDER
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-tokens", type=int, metavar="N", help="drafts a pass, with --speculative (one per MTP module)"
     )
-    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
+    parser.add_argument("--device", help=HELP)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     generator = _generator(args.device, args.seed)
     folder = find_checkpoint(args.checkpoint)
     tokenizer = read_tokenizer(folder)
-    model = DeepSeekV3.from_pretrained(folder, device=generator.device.type)
+    model = DeepSeekV3.from_pretrained(folder, device=str(generator.device))
     ids = encode_prompt(tokenizer, args.prompt, model.config).to(generator.device)
     statistics = SpeculationStatistics() if args.speculative else None
     settings = {
@@ -195,13 +196,11 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, config: ModelCon
 
 
 def _generator(device: str | None, seed: int) -> torch.Generator:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = find_device(device)
     try:
-        return torch.Generator(device).manual_seed(seed)
-    except ValueError as error:
+        return torch.Generator(where).manual_seed(seed)
+    except (ValueError, RuntimeError) as error:
         raise InputError(f"--seed: {seed}, expected an integer in [-2^63, 2^64)") from error
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown or missing device
-        raise InputError(f"--device: {device!r} cannot be used ({error}); expected cpu or cuda") from error
 
 
 # ---- what is written -------------------------------------------------------------------------------------

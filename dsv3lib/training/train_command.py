@@ -16,6 +16,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from ..config import ModelConfig
+from ..devices import HELP, find_device
 from ..errors import ConfigError, DataError
 from ..model import DeepSeekV3
 from . import run_folder
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="between save points")
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="between validations (at the end)")
     run.add_argument("--threads", type=int, help="threads on the CPU")
-    run.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
+    run.add_argument("--device", help=HELP)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -244,13 +245,9 @@ def _tokenizer_for(data: str | None, domains: list, vocab_size: int, notes: list
 
 
 def _fresh_model(config: ModelConfig, seed: int, device: str | None) -> DeepSeekV3:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-        # Weights are drawn on the CPU: the same seed gives the same model everywhere.
-        return DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).to(where)
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown or missing device
-        raise ConfigError(f"--device: {device!r} cannot be used ({error}); expected cpu or cuda") from error
+    where = find_device(device)
+    # Weights are drawn on the CPU: the same seed gives the same model everywhere.
+    return DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).to(where)
 
 
 def _or(value: Any, default: Any) -> Any:
