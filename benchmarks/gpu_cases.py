@@ -383,6 +383,27 @@ def norm(device: torch.device, M: int, D: int) -> Work:
     return Work(run, error, NORM_DIFFERENCE, 0.0, moved, peers={"torch": lambda: plain})
 
 
+def rope(device: torch.device, T: int, H: int, N: int = 128, R: int = 64) -> Work:
+    """The rotary part of every query and the shared key turned in place, one launch."""
+    q, key = noise(device, T, H, N + R), noise(device, T, R)
+    angles = torch.rand(T, R // 2, device=device) * 6.28
+    turns = torch.polar(torch.ones_like(angles), angles)
+
+    def error() -> float:
+        found, expected = k.rope(q, key, turns), k.rope_ref(q.float(), key.float(), turns)
+        return max(peers.difference(a, b) for a, b in zip(found, expected, strict=True))
+
+    touched = 2 * q.element_size() * (T * H * R + T * R) + 8 * angles.numel()
+    return Work(
+        lambda: k.rope(q, key, turns, inplace=True),
+        error,
+        BF16_DIFFERENCE,
+        0.0,
+        touched,
+        peers={"torch": lambda: lambda: k.rope_ref(q, key, turns)},
+    )
+
+
 def swiglu(device: torch.device, M: int, D: int) -> Work:
     """silu(gate) · up, forward and backward."""
     x, grad = noise(device, M, 2 * D).requires_grad_(), noise(device, M, D)
@@ -474,6 +495,7 @@ TABLE: list[tuple[str, Callable[..., Work], list[dict[str, int]], dict[str, int]
     ),
     ("permute", permute, [{"T": 8192, "D": 7168, "E": 256, "K": 8}], {"T": 9, "D": 64, "E": 8, "K": 2}),
     ("rms_norm", norm, [{"M": 32768, "D": 7168}], {"M": 5, "D": 96}),
+    ("rope", rope, [{"T": 8192, "H": 128}], {"T": 5, "H": 2, "N": 16, "R": 8}),
     ("swiglu", swiglu, [{"M": 32768, "D": 2048}], {"M": 5, "D": 96}),
 ]
 
