@@ -61,7 +61,10 @@ class _OneByOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, g, w_in, w_out, gate_up, token, inverse = ctx.saved_tensors
-        grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
+        grad_in, grad_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        for e, size in enumerate(ctx.sizes):
+            if not size:  # nobody came, nobody writes there
+                grad_in[e].zero_(), grad_out[e].zero_()
         grad_g, grad_rows = torch.empty_like(g), x.new_empty(token.numel(), x.shape[1])
         for e, rows, g_e, both, to_g, to_x in _segments(ctx.sizes, token, g, gate_up, grad_g, grad_rows):
             gate, up = both.chunk(2, -1)
@@ -72,8 +75,10 @@ class _OneByOne(torch.autograd.Function):
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
             torch.mm(answer.t(), hidden.mul_(g_e), out=grad_out[e])
             grad_hidden.mul_(g_e)
-            to_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
-            grad_both = torch.cat([to_gate, grad_hidden.mul_(open_gate)], -1)
+            grad_both = torch.empty_like(both)
+            to_gate, to_up = grad_both.chunk(2, -1)
+            torch.mul(grad_hidden, open_gate, out=to_up)
+            torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
             torch.mm(grad_both.t(), x.index_select(0, rows), out=grad_in[e])
             torch.mm(grad_both, w_in[e], out=to_x)
         grad_weights = grad_g.view(-1)[inverse]
