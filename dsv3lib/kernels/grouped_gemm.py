@@ -1,7 +1,7 @@
 """Grouped matrix product: rows sorted by group, one weight matrix per group, groups of any size.
 
 It is what V3's routed experts are: 4096 tokens visit 8 experts each, so that 32,768 rows meet 256 matrices, about
-128 rows each and sometimes none. The gate and up projection of one layer is 0.96 TFLOP in the forward pass and twice
+128 rows each and sometimes none. The gate and up projection of one layer is 1.92 TFLOP in the forward pass and twice
 that backward. With 128 rows a group each weight is read for 128 multiplications, 128 operations a byte, under the
 few hundred at which a GPU's limits meet: the weights' bytes are the limit for a small batch, arithmetic for a large.
 
