@@ -39,7 +39,7 @@ GIVE_UP = 3.0  # a backend this many times slower than the best is not tried at 
 BOUND_BY = {
     "prefill": "the matrix peak, and the softmax's exponentials at long contexts",
     "decode": "reading the weights and starting some 300 small operations at short contexts, the cache at long ones",
-    "train": "the matrix peak: products are four fifths of the step and reach 85 % of it; then traffic of elementwise work",
+    "train": "the matrix peak (products are four fifths of the step, at some 80 % of it), then elementwise traffic",
 }
 
 
