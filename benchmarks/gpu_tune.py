@@ -86,7 +86,7 @@ def trials(device: torch.device, small: bool = False) -> Iterator[Trial]:
     counts = uneven(device, g, g * m)
     x, w = noise(device, g * m, d), noise(device, g, n, d)
     yield Trial(
-        "grouped_gemm", {"M": [g * m // 4, 4 * g * m]}, {"G": g, "M": m, "N": n, "K": d},
+        "grouped_gemm", {"M": [g * m // 4, 4 * g * m], "ALIGNED": [1, 1]}, {"G": g, "M": m, "N": n, "K": d},
         lambda s: k.grouped_gemm(x, w, counts, settings=s), k.grouped_gemm_ref(x, w, counts),
     )  # fmt: skip
     for heads in (16, 128):

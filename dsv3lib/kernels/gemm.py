@@ -239,7 +239,7 @@ def specimens() -> list[Specimen]:
         takes = "TILED" if tiled else "OUT" if kind == "fp32" else ""
         return Specimen(
             "gemm_fp8", gemm_fp8_kernel, arguments, lambda row: {"TILED": tiled, "ADD": add}, variant,
-            rows=lambda row: not row["FEW_ROWS"] and _bound(row) == takes, **fp8,
+            rows=lambda row: not row["FEW_ROWS"] and _bound(row) == takes, divisible=("N", "K"), **fp8,
         )  # fmt: skip
 
     return [

@@ -5,6 +5,9 @@ could do four times the work. So a tile is short, many stages of weights are on 
 until every multiprocessor has work. The parts are added in their order by a second, small kernel: the same bits on
 every run, where atomic additions would give others each time. Up to 32 rows Cᵀ = B Aᵀ is computed: the weight fills
 the 64 rows that Hopper's matrix instruction always has, and M becomes the side that can be as narrow as 16.
+
+From 65 rows on the activations count too: each tile reads them anew out of L2. A 128 x 128 tile brings as many bytes
+of them as of weights, a 128 x 256 tile half as many: hence two halves that share them.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def launch_few_rows(
     wanted = processors(a.device) * settings.pop("PER_PROCESSOR")
     settings.pop("FEW_ROWS")
     rows, cols = settings["BLOCK_M"], settings["BLOCK_N"]
-    tiles = triton.cdiv(m, rows) * (n // cols)
+    tiles = triton.cdiv(m, rows) * triton.cdiv(n, cols * settings["HALVES"])
     parts = max(1, min(wanted // tiles, slices // LEAST_SLICES))
     part_slices = triton.cdiv(slices, parts)
     parts = triton.cdiv(slices, part_slices)
@@ -51,43 +54,60 @@ def launch_few_rows(
 
 
 @jit
+def scaled(total, x, y, factor, factor_b, SWAP: tl.constexpr, TILED: tl.constexpr):
+    """total + (x yᵀ) · both scales; with SWAP the transposed: total + (y xᵀ) · both scales."""
+    product = tl.dot(y, x.T) if SWAP else tl.dot(x, y.T)
+    if TILED:
+        product *= factor_b[:, None] if SWAP else factor_b[None, :]
+    else:
+        factor *= factor_b
+    return promote(total, product, factor[None, :] if SWAP else factor[:, None])
+
+
+@jit
 def gemm_fp8_few_rows_kernel(
     a, b, out, a_scales, b_scales, M, N, K, stride_am, stride_ak, stride_bn, stride_bk, stride_part, stride_out,
-    part_slices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr, TILED: tl.constexpr,
+    part_slices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, SWAP: tl.constexpr,
+    TILED: tl.constexpr,
 ):  # fmt: skip
-    """One tile over one part of K, written to ``out[part]``; with SWAP it is computed as Cᵀ = B Aᵀ."""
+    """HALVES · BLOCK_N columns over one part of K, written to ``out[part]``; with SWAP computed as Cᵀ = B Aᵀ."""
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile_m, tile_n = (
-        tl.program_id(0) % tiles_m,
-        tl.program_id(0) // tiles_m,
-    )  # neighbours read the same weights
+    row = tl.program_id(0) % tiles_m * BLOCK_M  # neighbours read the same weights
+    col = tl.program_id(0) // tiles_m * (BLOCK_N * HALVES)
+    col_next = tl.minimum(col + BLOCK_N, N - BLOCK_N)  # the second half: where there is none, the first again
     part = tl.program_id(1)
-    rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     start = part * part_slices
     scale = a_scales + row_offset(rows, stride_am) + row_offset(start, stride_ak)
     if TILED:
-        b_scale = b_scales + row_offset(cols, stride_bn) + row_offset(start, stride_bk)
+        b_scale = b_scales + row_offset(col + cols, stride_bn) + row_offset(start, stride_bk)
+        to_next = row_offset(col_next - col, stride_bn)
     else:
-        b_scale = b_scales + row_offset(tile_n * BLOCK_N // 128, stride_bn) + row_offset(start, stride_bk)
-    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        b_scale = b_scales + row_offset(col // 128, stride_bn) + row_offset(start, stride_bk)
+        to_next = row_offset(col_next // 128 - col // 128, stride_bn)
+    first = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    second = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for s in tl.range(start, tl.minimum(start + part_slices, K // 128)):
-        y = b.load([tile_n * BLOCK_N, s * 128])
-        x = a.load([tile_m * BLOCK_M, s * 128])
-        factor_b = tl.load(b_scale)
+        x = a.load([row, s * 128])
+        y = b.load([col, s * 128])
         factor = tl.load(scale, mask=rows < M, other=0.0)
-        product = tl.dot(y, x.T) if SWAP else tl.dot(x, y.T)
-        if TILED:
-            product *= factor_b[:, None] if SWAP else factor_b[None, :]
-        else:
-            factor *= factor_b
-        total = promote(total, product, factor[None, :] if SWAP else factor[:, None])
+        factor_b = tl.load(b_scale)
+        if HALVES == 2:
+            factor_next = tl.load(b_scale + to_next)
+        first = scaled(first, x, y, factor, factor_b, SWAP, TILED)
+        if HALVES == 2:
+            y = b.load([col_next, s * 128])  # here and not above, as in fp8_slices.py
+            second = scaled(second, x, y, factor, factor_next, SWAP, TILED)
         scale += stride_ak
         b_scale += stride_bk
     where = out + row_offset(part, stride_part) + row_offset(rows, stride_out)[:, None] + cols[None, :]
-    result = total.T if SWAP else total
-    tl.store(
-        where, result if out.dtype.element_ty == tl.float32 else to_bf16(result), mask=(rows < M)[:, None]
-    )
+    inside = (rows < M)[:, None]
+    first = first.T if SWAP else first
+    tl.store(where + col, first if out.dtype.element_ty == tl.float32 else to_bf16(first), mask=inside)
+    if HALVES == 2:
+        second = second.T if SWAP else second
+        second = second if out.dtype.element_ty == tl.float32 else to_bf16(second)
+        tl.store(where + col_next, second, mask=inside & (col_next > col))
 
 
 @jit
@@ -111,7 +131,8 @@ def specimens(common: Mapping[str, str]) -> list[Specimen]:
         extra = {"out": kind, "stride_part": "i64", "stride_out": "i32", "part_slices": "i32"}
         return Specimen(
             "gemm_fp8", gemm_fp8_few_rows_kernel, common | extra, lambda row: {"TILED": False}, variant,
-            rows=lambda row: bool(row["FEW_ROWS"]), matrix="fp8", fp8=True,
+            rows=lambda row: bool(row["FEW_ROWS"]),
+            divisible=("N", "K", "stride_part", "stride_out"), matrix="fp8", fp8=True,
         )  # fmt: skip
 
     return [
