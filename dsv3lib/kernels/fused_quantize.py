@@ -24,7 +24,7 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_dtype, require_multiple, require_shape
 from .dispatch import has_fp8, on_device, on_triton
-from .formats import rounded_to, scale_and_inverse, size_bits
+from .formats import rounded_to, scale_and_inverse, size_bits, widened
 from .gated import silu, swiglu_ref
 from .language import jit, row_offset, tl, to_e4m3, triton
 from .norms import DTYPES, KERNEL_DTYPES, WIDEST, as_rows, meant_for, rms_norm_ref
@@ -161,14 +161,14 @@ def swiglu_quantize_kernel(
     inside = (tile < n_tiles)[:, None]
     column = tl.arange(0, 128)[None, :]
     source = gate_up + (row_offset(tile // per_row, stride_x) + (tile % per_row) * 128)[:, None] + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + per_row * 128, mask=inside, other=0.0).to(tl.float32)
+    gate = widened(tl.load(source, mask=inside, other=0.0))
+    up = widened(tl.load(source + per_row * 128, mask=inside, other=0.0))
     activated, _ = silu(gate)
     hidden = rounded_to(activated * up, gate_up.dtype.element_ty)
     target = row_offset(tile, 128)[:, None] + column
     if KEEP:
         tl.store(kept + target, hidden, mask=inside)
-    hidden = hidden.to(tl.float32)
+    hidden = widened(hidden)
     scale, inverse = scale_and_inverse(tl.max(size_bits(hidden), 1), POWER_OF_TWO, False)
     tl.store(values + target, to_e4m3(hidden * inverse[:, None]), mask=inside)
     tl.store(scales + tile, scale, mask=tile < n_tiles)
@@ -185,14 +185,14 @@ def rms_norm_quantize_kernel(
     column = tile[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
     inside = (row < M)[:, None, None] & (column < N)
     x_rows = tl.load(x + row_offset(row, stride_x)[:, None, None] + column, mask=inside, other=0.0)
-    x_rows = x_rows.to(tl.float32)
+    x_rows = widened(x_rows)
     rms = tl.rsqrt(tl.sum(tl.sum(x_rows * x_rows, 2), 1) / N + eps)
-    by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    by = widened(tl.load(weight + column, mask=column < N, other=0.0))
     normed = rounded_to(x_rows * rms[:, None, None] * by, x.dtype.element_ty)
     target = row_offset(row, N)[:, None, None] + column
     if KEEP:
         tl.store(kept + target, normed, mask=inside)
-    normed = normed.to(tl.float32)
+    normed = widened(normed)
     scale, inverse = scale_and_inverse(tl.max(size_bits(normed), 2), POWER_OF_TWO, False)
     tl.store(values + target, to_e4m3(normed * inverse[:, :, None]), mask=inside)
     place = row_offset(row, N // 128)[:, None] + tile[None, :]

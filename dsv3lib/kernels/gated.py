@@ -18,8 +18,8 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_dtype, require_multiple
 from .dispatch import on_device, on_triton
-from .formats import rounded_to
-from .language import jit, row_offset, tl, triton
+from .formats import rounded_to, widened
+from .language import INTERPRETED, jit, row_offset, tl, triton
 from .norms import as_rows
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,8 +96,29 @@ def _launch(
 @jit
 def silu(gate):
     """gate · σ(gate) in FP32, and σ(gate)."""
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     return gate * sigmoid, sigmoid
+
+
+@jit
+def _sigmoid(x):
+    """1 / (1 + 2^(-x log2 e)) in four instructions, to a few last places; below -87 it is 0.
+
+    ``tl.sigmoid`` takes twelve, which keep results below FP32's normal numbers alive: here they meet a 1, or
+    are 10^-38 of a gate of -87.
+    """
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .f32 power;
+            mul.f32 power, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 power, power;
+            add.f32 power, power, 0f3F800000;
+            rcp.approx.ftz.f32 $0, power;
+        }""",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @jit
@@ -107,8 +128,8 @@ def swiglu_kernel(gate_up, out, M, I, stride_x, ROWS: tl.constexpr, COLUMNS: tl.
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < M)[:, None] & (column < I)
     source = gate_up + row_offset(row, stride_x)[:, None] + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + I, mask=inside, other=0.0).to(tl.float32)
+    gate = widened(tl.load(source, mask=inside, other=0.0))
+    up = widened(tl.load(source + I, mask=inside, other=0.0))
     activated, _ = silu(gate)
     result = rounded_to(activated * up, out.dtype.element_ty)
     tl.store(out + row_offset(row, I)[:, None] + column, result, mask=inside)
@@ -123,9 +144,9 @@ def swiglu_backward_kernel(
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < M)[:, None] & (column < I)
     source = gate_up + row_offset(row, stride_x)[:, None] + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + I, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + row_offset(row, stride_grad)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    gate = widened(tl.load(source, mask=inside, other=0.0))
+    up = widened(tl.load(source + I, mask=inside, other=0.0))
+    g = widened(tl.load(grad + row_offset(row, stride_grad)[:, None] + column, mask=inside, other=0.0))
     activated, sigmoid = silu(gate)
     slope = sigmoid + activated * (1 - sigmoid)
     target = grad_both + row_offset(row, 2 * I)[:, None] + column

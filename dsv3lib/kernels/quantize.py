@@ -29,7 +29,7 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_dtype, require_multiple
 from .dispatch import has_fp8, on_device, on_triton
-from .formats import pack_e4m3, rounded_to, scale_and_inverse, size_bits, to_e5m6
+from .formats import pack_e4m3, rounded_to, scale_and_inverse, size_bits, to_e5m6, widened
 from .language import jit, row_offset, tl, to_e4m3, triton
 from .quantize_ref import (
     TILE,
@@ -265,7 +265,7 @@ def quantize_tiles_kernel(
         source = target
     else:
         source = (row_offset(tile // per_row, stride_x) + (tile % per_row) * 128)[:, None] + column
-    tiles = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+    tiles = widened(tl.load(x + source, mask=inside, other=0.0))
     scale, inverse = scale_and_inverse(tl.max(size_bits(tiles), 1), POWER_OF_TWO, E5M6)
     scaled = tiles * inverse[:, None]
     rounded = to_e5m6(scaled) if E5M6 else to_e4m3(scaled)
@@ -276,7 +276,7 @@ def quantize_tiles_kernel(
 @jit
 def _load_rows(x, row, column, M, stride_x):
     place = row_offset(row, stride_x)[:, None] + column[None, :]
-    return tl.load(x + place, mask=(row < M)[:, None], other=0.0).to(tl.float32)
+    return widened(tl.load(x + place, mask=(row < M)[:, None], other=0.0))
 
 
 @jit
@@ -331,7 +331,7 @@ def quantize_blocks_kernel(
     row = tl.program_id(1) * EDGE + edge
     inside = ((row < N) & (edge < EDGE))[:, None] & ((column < K) & (edge < EDGE))[None, :]
     square = tl.load(w + row_offset(row, stride_w)[:, None] + column[None, :], mask=inside, other=0.0)
-    square = square.to(tl.float32)
+    square = widened(square)
     bits = tl.max(tl.max(size_bits(square), 1), 0)
     scale, inverse = scale_and_inverse(bits, POWER_OF_TWO, False)
     rounded = to_e4m3(square * inverse)

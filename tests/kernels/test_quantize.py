@@ -147,6 +147,15 @@ def test_ties_go_to_even(device) -> None:
             assert_same(got, ref.quantize_tiles_ref(x.to(device), power_of_two, format))
 
 
+def test_scales_of_many_mantissas(device) -> None:
+    """The inverse of a scale is rounded correctly for whatever mantissa: far more of them where a GPU is."""
+    rows = 2**17 if device.type == "cuda" else 2**6
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(3)).to(device)
+    bits = torch.linspace(0x3F800000, 0x3FFFFFFF, rows, dtype=torch.float64).to(torch.int32).to(device)
+    x[:, 0] = 8 * bits.view(torch.float32)
+    assert_same(q.quantize_tiles(x), ref.quantize_tiles_ref(x))
+
+
 def _scale_of_the_next_tile(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     stored, scales = ref.quantize_tiles_ref(x)
     return stored, scales.roll(1, -1)
