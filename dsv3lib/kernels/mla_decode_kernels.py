@@ -11,7 +11,8 @@ from typing import Any
 
 from . import tuning
 from .aot import Specimen
-from .language import INTERPRETED, jit, row_offset, tl
+from .attention_tiles import unknown
+from .language import jit, row_offset, tl
 from .latent_format import latent_columns
 
 PAGE = 64  # tokens a page: the edge of a Hopper's matrix instruction
@@ -114,17 +115,6 @@ def _attend(q, q_rope, latent, key, m, l, acc, limit, tokens, all_seen, scale, S
 
 
 @jit
-def _unknown(x):
-    """The same number, of which the compiler no longer knows where it came from."""
-    if INTERPRETED:
-        return x
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@jit
 def mla_decode_kernel(
     q_ptr, latent_desc, rope_desc, latent_ptr, rope_ptr, scales_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr,
     scale, batch, new, heads, stride_q_batch, stride_q_row, stride_table,
@@ -193,7 +183,7 @@ def mla_decode_kernel(
             m, l, acc = _attend(q, q_rope, latent, key, m, l, acc, limit, tokens, all_seen, scale, SWAP)
 
     # Rows and their masks are worked out afresh: kept through the loop they would take the result's registers.
-    row = _unknown(tl.program_id(0) % blocks * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)
+    row = unknown(tl.program_id(0) % blocks * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)
     in_range = (row < rows)[:, None]
     # A row that saw nothing: 0 / 1 = 0, and its lse is -inf.
     total = tl.where(l == 0.0, 1.0, l)
