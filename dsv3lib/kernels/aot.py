@@ -23,8 +23,8 @@ from ..errors import KernelError
 from . import dispatch, language, tuning
 
 FAMILIES = (
-    "quantize", "fused_quantize", "gemm", "grouped_gemm", "grouped_gemm_fp8", "latent_format", "mla_decode", "mla_prefill",
-    "routing", "elementwise",
+    "quantize", "fused_quantize", "gemm", "grouped_gemm", "grouped_gemm_fp8", "latent_format", "mla_decode",
+    "mla_prefill", "routing", "elementwise",
 )  # fmt: skip
 FIRST_FP8 = 89  # the first generation with E4M3
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")

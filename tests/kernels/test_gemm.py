@@ -13,7 +13,9 @@ from dsv3lib.kernels.gemm import gemm_fp8, gemm_fp8_ref, wgrad
 
 ROWS = st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65, 127, 128, 129, 257])
 CASES = {"m": ROWS, "n": st.integers(1, 3), "slices": st.sampled_from([1, 2, 9]), "seed": SEEDS}
-AGREES = 1e-6  # mean relative difference of two FP32 sums; a missing slice or scale is a million times that
+# Mean relative difference that is no error. Hopper's tensor cores keep about 14 bits while they add up a slice; the
+# interpreter keeps FP32. A missing slice or scale is a thousand times either.
+AGREES = 1e-3 if torch.cuda.is_available() else 1e-6
 FEW = settings(max_examples=6)
 
 
@@ -42,7 +44,7 @@ def check(product, device, m: int, n: int, slices: int, seed: int) -> None:
         got = product(*given, torch.bfloat16)
     expected = gemm_fp8_ref(*given, torch.float32)
     assert mean_relative(exact, expected) < AGREES
-    assert torch.equal(got, exact.bfloat16()) or mean_relative(got, exact.bfloat16()) < 1e-5
+    assert mean_relative(got, exact.bfloat16()) < max(AGREES, 1e-5)
 
 
 @FEW

@@ -20,7 +20,9 @@ from dsv3lib.kernels.grouped_gemm_fp8 import (
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 17, 64, 129, 300]), min_size=1, max_size=4)
 CASES = {"counts": COUNTS, "n": st.integers(1, 2), "slices": st.integers(1, 3), "seed": SEEDS}
-AGREES = 1e-5  # mean relative: sums in another order, some of which round to the other BF16
+# Mean relative difference that is no error: the interpreter's FP32 sums in another order, a few of which round to the
+# other BF16; Hopper's tensor cores keep about 14 bits while they add up a slice.
+AGREES = 1e-3 if torch.cuda.is_available() else 1e-5
 FEW = settings(max_examples=6)
 
 
@@ -114,8 +116,8 @@ def test_gradients_of_the_weights(device, counts, n, seed):
         got = grouped_wgrad_fp8(*given)
         assert grouped_wgrad_fp8(*given, total) is total
     expected = grouped_wgrad_fp8_ref(*given)
-    assert mean_relative(got, expected) < 1e-6
-    assert mean_relative(total, 1 + expected) < 1e-6
+    assert mean_relative(got, expected) < AGREES
+    assert mean_relative(total, 1 + expected) < AGREES
     assert all(not got[g].any() for g, count in enumerate(counts) if count == 0)
 
 
