@@ -147,7 +147,8 @@ class _RMSNorm(torch.autograd.Function):
         m, n = rows.shape
         grad = rows.new_zeros(m, n) if grad is None else as_rows(grad)
         extra = None if grad_total is None else as_rows(grad_total)
-        row = tuning.pick("rms_norm_backward", rows.device, N=n)
+        width = triton.next_power_of_2(n)
+        row = tuning.pick("rms_norm_backward", rows.device, N=n, bytes=width * rows.element_size())
         programs = min(triton.cdiv(m, row["ROWS"]), processors(rows.device) * row["PER_PROCESSOR"])
         grad_x = rows.new_empty(m, n)
         parts = rows.new_empty(programs, n, dtype=torch.float32)
@@ -156,7 +157,7 @@ class _RMSNorm(torch.autograd.Function):
             rms_norm_backward_kernel[(programs,)](
                 grad, extra, rows, weight.contiguous(), inverse_rms, grad_x, parts, m, n,
                 grad.stride(0), 0 if extra is None else extra.stride(0), rows.stride(0),
-                ADD=extra is not None, WIDTH=triton.next_power_of_2(n), **options,
+                ADD=extra is not None, WIDTH=width, **options,
             )  # fmt: skip
         grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_x if ctx.fused else None, parts.sum(0).to(weight.dtype), None, None
@@ -190,7 +191,11 @@ def rms_norm_backward_kernel(
     grad, extra, x, weight, inverse_rms, grad_x, parts, M, N, stride_grad, stride_extra, stride_x,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every so-many-th set of ROWS rows, and this program's part of the weight's gradient."""
+    """Every so-many-th set of ROWS rows, and this program's part of the weight's gradient.
+
+    A wide row takes so many registers that one program fills a multiprocessor; with STAGES the next rows are on
+    their way into shared memory while it computes.
+    """
     column = tl.arange(0, WIDTH)[None, :]
     by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     part = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -213,10 +218,12 @@ def rms_norm_backward_kernel(
     tl.store(target, tl.sum(part, 0)[None, :], mask=column < N)
 
 
-def meant_for(row: tuning.Row, n: int) -> bool:
-    """Whether a row of settings is for this width; the one without bounds is for the widest."""
-    low, high = row["when"].get("N", (WIDE, n))
-    return low <= n <= high
+def meant_for(row: tuning.Row, n: int, taken: int = 0) -> bool:
+    """Whether a row of settings is for this width and as many bytes; those without a width are for the model's."""
+    bounds = row["when"]
+    low, high = bounds.get("N", (WIDE, n))
+    least, most = bounds.get("bytes", (taken, taken))
+    return low <= n <= high and least <= taken <= most
 
 
 def specimens() -> list[Specimen]:
@@ -225,6 +232,7 @@ def specimens() -> list[Specimen]:
     for n in (512, 1536, 7168):
         for dtype, add in (("*bf16", False), ("*bf16", True), ("*fp32", False)):
             width = {"WIDTH": triton.next_power_of_2(n), "ADD": add}
+            taken = width["WIDTH"] * (4 if dtype == "*fp32" else 2)
             sizes = {"M": "i32", "N": "i32", "stride_x": "i32"}
             pointers = dict.fromkeys(
                 ("x", "weight", "residual", "y", "total", "grad", "extra", "grad_x"), dtype
@@ -241,7 +249,7 @@ def specimens() -> list[Specimen]:
             ):
                 made.append(Specimen(
                     operation, kernel, pointers | more, lambda row, w=width: w, variant,
-                    rows=lambda row, n=n: meant_for(row, n),
+                    rows=lambda row, n=n, taken=taken: meant_for(row, n, taken),
                     divisible=("M", "N", *(name for name in (*sizes, *more) if "stride" in name)),
                 ))  # fmt: skip
     return made
