@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..kernels.dispatch import for_layers
 from ..kernels.latent import norm_and_turn
-from ..kernels.mla_decode import MOST_NEW, mla_decode
 from ..kernels.rotary import rope
+from . import attention_on_kernels as on_kernels
 from .cache import LatentCache
 from .causal_attention import MOST_TOKENS, causal_attention
 from .norm import RMSNorm
@@ -83,11 +83,11 @@ class MultiHeadLatentAttention(nn.Module):
             latents = step.cache.append(self.layer, latents, step.lengths)
         c_q = x if self.config.q_lora_rank is None else self.q_a_proj(x)
         q = run(step.recipes, self.queries, c_q, step.turns)
-        if step.cache is not None and absorbed_is_cheaper(self.config, x.shape[1], latents.shape[1]):
-            if step.held is not None and decodes(q, step):
-                heads = self.absorbed_on_kernels(q, step)
-            else:
-                heads = self.absorbed(q, latents, step.mask)
+        few = step.cache is not None and absorbed_is_cheaper(self.config, x.shape[1], latents.shape[1])
+        if for_layers(x):
+            heads = self.by_kernels(q, latents, step, few)
+        elif few:
+            heads = self.absorbed(q, latents, step.mask)
         else:
             heads = self.expanded(q, latents, step.mask, step.recipes)
         return self.o_proj(heads.flatten(2))
@@ -170,45 +170,36 @@ class MultiHeadLatentAttention(nn.Module):
         u_BHTC = (p @ latents[..., : cfg.kv_lora_rank]).view(batch, heads, n_new, -1)
         return (u_BHTC @ w_uv.transpose(1, 2)).transpose(1, 2)
 
+    def by_kernels(
+        self, q: Float[Tensor, "B H T QK"], latents: Float[Tensor, "B S latent"], step: Step, few: bool
+    ) -> Float[Tensor, "B T H V"]:
+        """Either form, where there are kernels for it.
+
+        Args:
+            q, latents: as for the two forms. few: whether the absorbed one takes fewer multiplications.
+        """
+        scale = self.config.softmax_scale
+        if few and on_kernels.decodes(q):
+            pages = step.cache.pages(self.layer)
+            return on_kernels.absorbed(q, *self.up_projections(), pages, step.held, scale)
+        k, v, k_rope = run(step.recipes, self.parts_of_keys_values, latents)
+        return on_kernels.expanded(q, k, v, k_rope, None if step.mask is None else step.held, scale)
+
+    def parts_of_keys_values(
+        self, latents: Float[Tensor, "B S latent"]
+    ) -> tuple[Float[Tensor, "BS H K"], Float[Tensor, "BS H V"], Float[Tensor, "BS R"]]:
+        """Keys' contents, values and the shared rotary key, as views: nothing is put together (Eqs. 2, 4, 5)."""
+        cfg = self.config
+        c_kv, k_rope = latents.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(c_kv).flatten(0, 1).unflatten(-1, (cfg.num_attention_heads, -1))
+        return *kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1), k_rope.flatten(0, 1)
+
     def up_projections(self) -> tuple[Float[Tensor, "H K C"], Float[Tensor, "H V C"]]:
         """W_UK and W_UV of every head, as views."""
         cfg = self.config
         return self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
             [cfg.qk_nope_head_dim, cfg.v_head_dim], 1
         )
-
-    def absorbed_on_kernels(self, q: Float[Tensor, "B H T QK"], step: Step) -> Float[Tensor, "B T H V"]:
-        """The same, reading the cache's pages where they lie; rows of any lengths, each by its own.
-
-        The kernel takes four new tokens at a time; what comes later in a row is hidden from those before it by
-        the length alone.
-        """
-        cfg = self.config
-        batch, heads, n_new = q.shape[:3]
-        w_uk, w_uv = self.up_projections()
-        # One product a head over all tokens: [H, B T, K] x [H, K, C].
-        q_HBTK = q.permute(1, 0, 2, 3).flatten(1, 2)
-        q_nope, q_rope = q_HBTK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        joined = torch.cat([(q_nope @ w_uk).transpose(0, 1), q_rope.transpose(0, 1)], -1)
-        joined = joined.view(batch, n_new, heads, -1)
-        pages, table = step.cache.pages(self.layer)
-        parts = []
-        for start in range(0, n_new, MOST_NEW):
-            some = joined[:, start : start + MOST_NEW]
-            held = step.held - (n_new - start - some.shape[1])
-            parts.append(mla_decode(some, pages, table, held, cfg.softmax_scale, cfg.kv_lora_rank)[0])
-        u_HBTC = torch.cat(parts, 1).permute(2, 0, 1, 3).flatten(1, 2)
-        u_HBTV = (u_HBTC @ w_uv.transpose(1, 2)).unflatten(1, (batch, n_new))
-        return u_HBTV.permute(1, 2, 0, 3)
-
-
-def decodes(q: Float[Tensor, "B H T QK"], step: Step) -> bool:
-    """Whether the decoding kernel takes a call: it keeps no gradient, and is made for a few new tokens.
-
-    Rows that hold different numbers of tokens go there however many are new: elsewhere they need a mask.
-    """
-    few = q.shape[2] <= MOST_NEW or step.mask is not None
-    return few and not (torch.is_grad_enabled() and q.requires_grad)
 
 
 def absorbed_is_cheaper(config: ModelConfig, n_new: int, n_total: int) -> bool:
