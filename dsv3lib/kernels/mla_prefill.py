@@ -192,13 +192,15 @@ def _step(
     """A tile of keys and values into the running softmax; the maximum starts finite, so that -inf is no NaN."""
     first = tile * BLOCK_N
     k1 = load_tile(k1_desc, k1_ptr, first, n_keys, head, stride_k1t, stride_k1h, D1, BLOCK_1, BLOCK_N, TMA)
-    v = load_tile(v_desc, v_ptr, first, n_keys, head, stride_vt, stride_vh, DV, BLOCK_V, BLOCK_N, TMA)
-    s = tl.dot(q1, k1.T, input_precision="ieee")
+    k2 = k1
     if D2 > 0:
         k2 = load_tile(
             k2_desc, k2_ptr, first, n_keys, head, stride_k2t, stride_k2h, D2, BLOCK_2, BLOCK_N, TMA
         )
+    s = tl.dot(q1, k1.T, input_precision="ieee")
+    if D2 > 0:
         s = tl.dot(q2, k2.T, s, input_precision="ieee")
+    v = load_tile(v_desc, v_ptr, first, n_keys, head, stride_vt, stride_vh, DV, BLOCK_V, BLOCK_N, TMA)
     if MASKED:
         key = (first + tl.arange(0, BLOCK_N))[None, :]
         s = tl.where((key >= lo[:, None]) & (key < hi[:, None]), s, float("-inf"))

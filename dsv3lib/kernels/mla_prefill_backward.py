@@ -108,13 +108,14 @@ def _dq_step(
     first = tile * BLOCK_N
     k1 = load_tile(k1_desc, k1_ptr, first, n_keys, head, stride_k1t, stride_k1h, D1, BLOCK_1, BLOCK_N, TMA)
     k2 = k1
-    v = load_tile(v_desc, v_ptr, first, n_keys, head, stride_vt, stride_vh, DV, BLOCK_V, BLOCK_N, TMA)
-    s = tl.dot(q1, k1.T, input_precision="ieee")
     if D2 > 0:
         k2 = load_tile(
             k2_desc, k2_ptr, first, n_keys, head, stride_k2t, stride_k2h, D2, BLOCK_2, BLOCK_N, TMA
         )
+    s = tl.dot(q1, k1.T, input_precision="ieee")
+    if D2 > 0:
         s = tl.dot(q2, k2.T, s, input_precision="ieee")
+    v = load_tile(v_desc, v_ptr, first, n_keys, head, stride_vt, stride_vh, DV, BLOCK_V, BLOCK_N, TMA)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:
         key = (first + tl.arange(0, BLOCK_N))[None, :]
@@ -186,18 +187,19 @@ def _dkv_step(
     first = tile * BLOCK_M
     q1 = load_tile(q1_desc, q1_ptr, first, n_queries, head, stride_q1t, stride_q1h, D1, BLOCK_1, BLOCK_M, TMA)
     q2 = q1
-    grad = load_tile(
-        grad_desc, grad_ptr, first, n_queries, head, stride_gradt, stride_gradh, DV, BLOCK_V, BLOCK_M, TMA
-    )
     query = first + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + query, mask=query < n_queries, other=0.0) * 1.4426950408889634
     delta = tl.load(delta_ptr + query, mask=query < n_queries, other=0.0)
-    s = tl.dot(k1, q1.T, input_precision="ieee")
     if D2 > 0:
         q2 = load_tile(
             q2_desc, q2_ptr, first, n_queries, head, stride_q2t, stride_q2h, D2, BLOCK_2, BLOCK_M, TMA
         )
+    s = tl.dot(k1, q1.T, input_precision="ieee")
+    if D2 > 0:
         s = tl.dot(k2, q2.T, s, input_precision="ieee")
+    grad = load_tile(
+        grad_desc, grad_ptr, first, n_queries, head, stride_gradt, stride_gradh, DV, BLOCK_V, BLOCK_M, TMA
+    )
     p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
         p = tl.where((query[None, :] >= lo[:, None]) & (query[None, :] < hi[:, None]), p, 0.0)
