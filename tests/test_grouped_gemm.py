@@ -120,6 +120,7 @@ def test_masked_rows_beyond_the_count_have_no_part(
         ({"x": torch.zeros(3, 3, dtype=torch.int64)}, "x is int64"),
         ({"weight": torch.zeros(2, 5, 3).double()}, "weight is float64, expected float32"),
         ({"weight": torch.zeros(5, 3)}, "weight has shape [5, 3]"),
+        ({"weight": torch.zeros(0, 5, 3)}, "weight has no groups"),
         ({"counts": torch.tensor([2.0, 1.0])}, "counts is float32"),
     ],
 )

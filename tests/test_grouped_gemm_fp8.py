@@ -85,6 +85,7 @@ def test_gradient_of_the_weights(counts):
     [
         ("a", lambda a: a.float(), "a is float32"),
         ("a", lambda a: a[:, :128], "a has shape [3, 128], expected [any, 256]"),
+        ("b", lambda b: b[:0], "b has no groups"),
         ("b", lambda b: b[:, :100], "N is 100, expected a multiple of 128"),
         ("b", lambda b: b.mT.contiguous().mT, "side by side"),
         ("a_scales", lambda s: s[:, :1], "a_scales (1 x 128 tiles) has shape [3, 1], expected [3, 2]"),

@@ -46,37 +46,57 @@ def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @jit
 def sum_of_slices(
-    a, b, row, b_row, scale, inside, b_scale, stride_ak, stride_bk, next_half, inside_next,
-    first_slice, last_slice,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, TILED: tl.constexpr,
-    SCALES_AHEAD: tl.constexpr,
+    a, b, row, b_row, scale, inside, b_scale, stride_ak, stride_bk, next_half, inside_next, slices,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of a tile over a range of slices: rows ``row`` and ``row + BLOCK_M`` of a against ``b_row`` of b.
+    """Both halves of a tile over all of K: rows ``row`` and ``row + BLOCK_M`` of a against ``b_row`` of b.
 
-    ``scale`` points at the first half's scales, ``next_half`` elements on lie the second's; ``b_scale`` at one
-    scale, or at BLOCK_N of them where b has 1 x 128 tiles. Scales are asked for before a product and used after it.
+    ``scale`` points at the first half's scales, ``next_half`` elements on lie the second's; ``b_scale`` at the one
+    scale of b's block. A slice's scales are read a slice ahead: four registers, and no promotion waits for memory.
     """
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for s in tl.range(first_slice, last_slice, num_stages=SCALES_AHEAD):
+    factor_b = tl.load(b_scale)
+    factor = tl.load(scale, mask=inside, other=0.0)
+    if HALVES == 2:
+        factor_next = tl.load(scale + next_half, mask=inside_next, other=0.0)
+    for s in tl.range(0, slices):
         x = a.load([row, s * 128])
         y = b.load([b_row, s * 128]).T
-        factor_b = tl.load(b_scale)
-        factor = tl.load(scale, mask=inside, other=0.0)
+        scale += stride_ak
+        b_scale += stride_bk
+        more = s + 1 < slices
+        coming_b = tl.load(b_scale, mask=more, other=0.0)
+        coming = tl.load(scale, mask=inside & more, other=0.0)
         if HALVES == 2:
-            factor_next = tl.load(scale + next_half, mask=inside_next, other=0.0)
-        if TILED:
-            first = promote(first, tl.dot(x, y) * factor_b[None, :], factor[:, None])
-        else:
-            first = promote(first, tl.dot(x, y), (factor * factor_b)[:, None])
+            coming_next = tl.load(scale + next_half, mask=inside_next & more, other=0.0)
+        first = promote(first, tl.dot(x, y), (factor * factor_b)[:, None])
         if HALVES == 2:
             # Read here and not above: it then arrives at a barrier of its own, and the wait for it is a border
             # that the assembler moves no promotion across.
             x = a.load([row + BLOCK_M, s * 128])
-            if TILED:
-                second = promote(second, tl.dot(x, y) * factor_b[None, :], factor_next[:, None])
-            else:
-                second = promote(second, tl.dot(x, y), (factor_next * factor_b)[:, None])
+            second = promote(second, tl.dot(x, y), (factor_next * factor_b)[:, None])
+            factor_next = coming_next
+        factor, factor_b = coming, coming_b
+    return first, second
+
+
+@jit
+def sum_of_tiled_slices(
+    a, b, row, b_row, scale, inside, b_scale, stride_ak, stride_bk, first_slice, last_slice,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same for 1 x 128 tiles on both sides, over a range of slices; ``b_scale`` points at BLOCK_N scales.
+
+    Their pointers alone would fill 64 registers, so the scales come through shared memory with the operands.
+    """
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for s in tl.range(first_slice, last_slice, num_stages=STAGES):
+        x = a.load([row, s * 128])
+        y = b.load([b_row, s * 128]).T
+        factor_b = tl.load(b_scale)
+        factor = tl.load(scale, mask=inside, other=0.0)
+        total = promote(total, tl.dot(x, y) * factor_b[None, :], factor[:, None])
         scale += stride_ak
         b_scale += stride_bk
-    return first, second
+    return total

@@ -31,7 +31,7 @@ from . import gemm_few_rows, tuning
 from .aot import Specimen
 from .checks import require_aligned, require_dtype, require_multiple, require_shape
 from .dispatch import on_device, on_triton, processors, require_fp8
-from .fp8_slices import TILE, describe, place, sum_of_slices
+from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
 from .gemm_few_rows import launch_few_rows
 from .language import jit, row_offset, tl, to_bf16, triton
 
@@ -83,6 +83,8 @@ def gemm_fp8(
     launch = launch_few_rows if settings["FEW_ROWS"] else _launch
     if TILE % settings["BLOCK_N"]:
         raise KernelError(f"gemm_fp8: BLOCK_N is {settings['BLOCK_N']}, expected a divisor of {TILE}")
+    if tiled and settings["HALVES"] != 1:
+        raise KernelError(f"gemm_fp8: HALVES is {settings['HALVES']}, expected 1 for tiles on both sides")
     with on_device(a):
         launch(a, a_scales, b, b_scales, c, tiled, accumulate_into is not None, dict(settings))
     return c
@@ -165,13 +167,17 @@ def gemm_fp8_kernel(
         scale = a_scales + row_offset(rows, stride_am)
         if TILED:
             b_scale = b_scales + row_offset(col + tl.arange(0, BLOCK_N), stride_bn)
+            first = sum_of_tiled_slices(
+                a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, 0, K // 128,
+                BLOCK_M, BLOCK_N, num_stages,
+            )  # fmt: skip
         else:
             b_scale = b_scales + row_offset(col // 128, stride_bn)
-        next_half = row_offset(tl.full((), BLOCK_M, tl.int32), stride_am)
-        first, second = sum_of_slices(
-            a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, next_half, rows + BLOCK_M < M,
-            0, K // 128, BLOCK_M, BLOCK_N, HALVES, TILED, num_stages if TILED else None,
-        )  # fmt: skip
+            next_half = row_offset(tl.full((), BLOCK_M, tl.int32), stride_am)
+            first, second = sum_of_slices(
+                a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, next_half, rows + BLOCK_M < M,
+                K // 128, BLOCK_M, BLOCK_N, HALVES,
+            )  # fmt: skip
         if ADD:
             first += c.load([row, col])
         c.store([row, col], first if c.dtype == tl.float32 else to_bf16(first))

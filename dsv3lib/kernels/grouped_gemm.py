@@ -109,6 +109,8 @@ def grouped_gemm_masked(
 
 def _check(name: str, x: Tensor, weight: Tensor, counts: Tensor) -> None:
     require_shape(name, "weight", weight, (None, None, None))
+    if weight.shape[0] == 0:
+        raise KernelError(f"{name}: weight has no groups (shape {list(weight.shape)}), expected at least one")
     if x.shape[-1] != weight.shape[2] or counts.shape != weight.shape[:1]:
         raise KernelError(
             f"{name}: rows of width {x.shape[-1]} and counts {list(counts.shape)} do not fit weights "

@@ -23,7 +23,7 @@ from . import tuning
 from .aot import Specimen
 from .checks import require_aligned, require_dtype, require_multiple, require_shape
 from .dispatch import on_device, on_triton, processors, require_fp8
-from .fp8_slices import TILE, describe, place, sum_of_slices
+from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
 from .gemm import E4M3, gemm_fp8_ref
 from .group_plan import make_plan, padded, rows_of_groups
 from .grouped_gemm import COUNTS
@@ -199,6 +199,8 @@ def grouped_wgrad_fp8(
 def _check(name: str, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor) -> None:
     require_shape(name, "b", b, (None, None, None))
     groups, n, k = b.shape
+    if groups == 0:
+        raise KernelError(f"{name}: b has no groups (shape {list(b.shape)}), expected at least one matrix")
     require_shape(name, "a", a, (None, k))
     require_shape(name, "counts", counts, (groups,))
     require_dtype(name, "counts", counts, COUNTS)
@@ -237,7 +239,7 @@ def grouped_fp8_kernel(
             next_half = row_offset(tl.full((), BLOCK_M, tl.int32), stride_am)
             first, second = sum_of_slices(
                 a, b, row, matrix * N + col, scale, rows < end, b_scale, stride_ak, stride_bk,
-                next_half, rows + BLOCK_M < end, 0, K // 128, BLOCK_M, BLOCK_N, HALVES, False, None,
+                next_half, rows + BLOCK_M < end, K // 128, BLOCK_M, BLOCK_N, HALVES,
             )  # fmt: skip
             where = out + row_offset(rows, stride_om)[:, None] + cols[None, :]
             first = tl.where(group < groups, first, float("nan"))  # rows that belong to no group
@@ -264,9 +266,9 @@ def grouped_wgrad_fp8_kernel(
     rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     scale = a_scales + row_offset(rows, stride_am) + row_offset(start // 128, stride_ak)
     b_scale = b_scales + row_offset(cols, stride_bn) + row_offset(start // 128, stride_bk)
-    total, _ = sum_of_slices(
-        a, b, row, col, scale, rows < N, b_scale, stride_ak, stride_bk, 0, rows < N,
-        start // 128, end // 128, BLOCK_M, BLOCK_N, 1, True, num_stages,
+    total = sum_of_tiled_slices(
+        a, b, row, col, scale, rows < N, b_scale, stride_ak, stride_bk, start // 128, end // 128,
+        BLOCK_M, BLOCK_N, num_stages,
     )  # fmt: skip
     total = tl.where((start | end) % 128 == 0, total, float("nan"))  # a slice that belongs to two groups
     where = out + row_offset(group, stride_og) + row_offset(rows, stride_on)[:, None] + cols[None, :]

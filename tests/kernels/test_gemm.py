@@ -138,6 +138,13 @@ def test_settings_that_cut_a_block_are_refused(device):
         gemm_fp8(*given, settings=row | {"BLOCK_N": 256})
 
 
+def test_halves_are_refused_where_both_sides_have_tiles(device):
+    given = operands(device, 4, 1, 1, seed=0, tiled=True)
+    row = tuning.pick("gemm_fp8", device, M=4, N=128, K=128, OUT=2, TILED=1)
+    with pytest.raises(KernelError, match="HALVES is 2, expected 1"):
+        gemm_fp8(*given, settings=row | {"HALVES": 2})
+
+
 def test_operands_that_the_copy_engine_cannot_read_are_refused(device):
     a, a_scales, b, b_scales = operands(device, 4, 1, 1, seed=0)
     wide = torch.zeros(4, 144, dtype=a.dtype, device=device)
