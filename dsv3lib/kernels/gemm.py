@@ -1,6 +1,6 @@
 """FP8 matrix product with a scale per tile: C = A Bᵀ, promoted to FP32 after every 128 elements of K.
 
-At V3's q_b_proj, say (M = 4096 tokens, N = 24576, K = 7168), 1.44 TFLOP meet 0.41 GB: 3500 operations a byte,
+At M = 4096 tokens, N = 24576, K = 7168, the size that others publish, 1.44 TFLOP meet 0.41 GB: 3500 a byte,
 far over the few hundred at which a GPU's two limits meet. The tensor cores are the limit, and three things stand
 in their way:
 

@@ -1,7 +1,7 @@
 """The FP8 product for few rows (M up to a few hundred: decoding), whose limit is the weights' bytes.
 
 At M = 64, N = 24576, K = 7168 the weights are 176 MB and all else 4 MB: 37 µs at 4.8 TB/s, in which the tensor cores
-could do four times the work. So a tile is short, many stages of weights are on their way at once, and K is split
+could do three times the work. So a tile is short, many stages of weights are on their way at once, and K is split
 until every multiprocessor has work. The parts are added in their order by a second, small kernel: the same bits on
 every run, where atomic additions would give others each time. Up to 32 rows Cᵀ = B Aᵀ is computed: the weight fills
 the 64 rows that Hopper's matrix instruction always has, and M becomes the side that can be as narrow as 16.
