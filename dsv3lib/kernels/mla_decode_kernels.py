@@ -53,12 +53,21 @@ def _load_tile(
 
 @jit
 def _copy_tile(
-    latent_desc, rope_desc, scales_ptr, at, like,
-    C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    latent_desc, rope_desc, rope_ptr, scales_ptr, at, like, C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same of a whole tile by the copy engine, from row ``at`` of the cache on."""
+    """The same of a whole tile by the copy engine, from row ``at`` of the cache on.
+
+    Transposed, tiles are not fetched ahead (two programs on a processor take turns instead), and each copy is
+    waited for where it is asked for: there the small key goes by ordinary loads, on their way before.
+    """
+    if SWAP and not FP8:
+        r = tl.arange(0, BLOCK_R)[None, :]
+        rows = row_offset(at + tl.arange(0, BLOCK_N), C + R)[:, None]
+        key = tl.load(rope_ptr + rows + r, mask=r < R, other=0.0)
+    else:
+        key = rope_desc.load([at, 0])
     latent = latent_desc.load([at, 0])
-    key = rope_desc.load([at, 0])
     if FP8:
         TILES: tl.constexpr = BLOCK_C // 128
         stored = at + tl.arange(0, BLOCK_N)
@@ -158,8 +167,9 @@ def mla_decode_kernel(
         if TMA:
             at = page * PAGE_TOKENS + start % PAGE_TOKENS
             latent, key = _copy_tile(
-                latent_desc, rope_desc, scales_ptr, at, q.dtype, C, R, FP8, BLOCK_N, BLOCK_C
-            )
+                latent_desc, rope_desc, rope_ptr, scales_ptr, at, q.dtype,
+                C, R, FP8, SWAP, BLOCK_N, BLOCK_C, BLOCK_R,
+            )  # fmt: skip
         else:
             latent, key = _load_tile(
                 latent_ptr, rope_ptr, scales_ptr, page, start, length, q.dtype,
