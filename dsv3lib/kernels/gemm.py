@@ -9,7 +9,8 @@ in their way:
   and add in FP32: ``acc += (a b) · scale``, one fused multiply-add per element and slice. Written with two factors
   per element it would be three operations; here both scales are multiplied once a row.
 * **Shared memory and L2.** Large tiles ask for fewer bytes: two halves of 128 rows share B (``fp8_slices.py``).
-* **Waiting.** While one warpgroup promotes, another multiplies. ``promote`` pins the order that leaves room for it.
+* **Waiting.** While one warpgroup promotes, another can multiply, as far as barriers let the two drift apart: in one
+  block of 8 warps they meet at each half, two blocks of 4 warps on a multiprocessor (small K) never do.
 
 With few rows the weights' bytes are the limit, and another kernel takes over (``gemm_few_rows.py``).
 
