@@ -38,6 +38,7 @@ from .latent_format import (
     quantize_latent_ref,
 )
 from .mla_decode import as_pages, mla_decode, mla_decode_ref
+from .mla_prefill import mla_prefill, mla_prefill_ref
 from .permutation import permute, permute_ref, unpermute, unpermute_ref
 from .quantize import (
     dequantize,
@@ -78,6 +79,8 @@ __all__ = [
     "grouped_wgrad_fp8_ref",
     "mla_decode",
     "mla_decode_ref",
+    "mla_prefill",
+    "mla_prefill_ref",
     "norm_and_turn",
     "norm_and_turn_ref",
     "permute",

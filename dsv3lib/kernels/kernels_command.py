@@ -97,8 +97,12 @@ def compile_lines(
 
 
 def _line(families: tuple[str, ...], generations: tuple[str, ...], index: int) -> Line:
-    """Compiles one build, found by its place: a jitted function cannot be handed to another process."""
-    build = next(b for i, b in enumerate(aot.builds(families, generations)) if i == index)
+    """The line of one build, found by its place: a jitted function cannot be handed to another process."""
+    return line_of(next(b for i, b in enumerate(aot.builds(families, generations)) if i == index))
+
+
+def line_of(build: aot.Build) -> Line:
+    """Compile one kernel and say what its code holds."""
     made = aot.compile_build(build)
     bounds = [f"{k} {low}–{high}" for k, (low, high) in build.row["when"].items()]
     sizes = [f"{k.removeprefix('num_').lower()} {v}" for k, v in build.row.items() if k != "when"]
