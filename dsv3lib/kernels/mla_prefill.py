@@ -4,8 +4,8 @@ Where many queries meet many keys, MLA expands its latents to full keys and valu
 this is softmax(scale · q kᵀ + mask) v (paper Eq. 10), without the score matrix ever standing in memory.
 
 The two numbers, for a document of T tokens and one head at V3's sizes: half of 2·(192 + 128)·T² operations
-forward and 2.6 times that backward; 2·(192 + 192 + 128 + 128)·T bytes. At T = 4096 that is 2000 operations a
-byte, ten times what an H200 needs to be kept from waiting for memory: the matrix units decide.
+forward and 2.6 times that backward; 2·(192 + 192 + 128 + 128)·T bytes. At T = 4096 that is 1000 operations a
+byte, five times what an H200 needs to be kept from waiting for memory: the matrix units decide.
 
 * 192 is no power of two, and padding it to 256 would waste a quarter of them: scores are two products, 128 + 64,
   which fall on the key's content and rotary part. The rotary part is one for all heads and may be passed once.
@@ -91,7 +91,8 @@ def mla_prefill(
 ) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "H T"]]:
     """softmax(scale · q kᵀ) v within each of several packed documents (paper Eq. 10).
 
-    A batch [B, T, H, ·] is B documents of T tokens: flatten it and pass ``starts = arange(B + 1) · T``.
+    A batch [B, T, H, ·] is B documents of T tokens: flatten it and pass ``starts = arange(B + 1) · T``. What a
+    query does not see has the weight 0, which does not undo NaN: operands must be finite in every document.
 
     Args:
         q, k, v: tokens of all documents, one after the other; BF16, FP16 or FP32 (FP64 on the CPU).
