@@ -99,3 +99,12 @@ def test_jit_leaves_functions_alone_without_triton(monkeypatch):
         return 1
 
     assert language.jit(kernel) is kernel
+
+
+def test_layers_take_kernels_where_there_are_any_and_never_for_fp64(monkeypatch):
+    single, double = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+    assert not dispatch.for_layers(single) and not dispatch.for_layers(double)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    assert dispatch.for_layers(single) and dispatch.for_layers(single.bfloat16())
+    assert not dispatch.for_layers(double)
+    assert not dispatch.for_layers(torch.zeros(2, device="meta"))
