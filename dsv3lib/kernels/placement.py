@@ -106,10 +106,11 @@ def place_visits_kernel(
     block = tl.program_id(0)
     expert = tl.arange(0, E_PAD)
     lane = tl.arange(0, TILE)
+    own = tl.minimum(CHUNK, n_visits - block * CHUNK)  # a decode step's few visits are one round
     before = tl.zeros([E_PAD], dtype=tl.int32)
     total = tl.zeros([E_PAD], dtype=tl.int32)
     if ALONE:  # the only block: it counts for itself
-        for start in range(0, CHUNK, TILE):
+        for start in range(0, own, TILE):
             e = tl.load(indices_ptr + start + lane, mask=start + lane < n_visits, other=-1)
             sound = (e >= 0) & (e < n_experts)
             total += tl.histogram(tl.where(sound, e, 0).to(tl.int32), E_PAD, mask=sound)
@@ -124,7 +125,7 @@ def place_visits_kernel(
     if block == 0:
         tl.store(counts_ptr + expert, total.to(tl.int64), mask=expert < n_experts)
     taken = tl.cumsum(total, axis=0) - total + before  # of each expert the next free row
-    for start in range(0, CHUNK, TILE):
+    for start in range(0, own, TILE):
         visit = block * CHUNK + start + lane
         e = tl.load(indices_ptr + visit, mask=visit < n_visits, other=-1)
         sound = (e >= 0) & (e < n_experts)

@@ -76,7 +76,7 @@ def gate(
         "n_group": n_group,
         "topk_group": topk_group,
         "norm": norm,
-        "scale": scale,
+        "scale": float(scale),
     }
     if logits.dtype == torch.float64 or not on_triton(logits, bias):
         indices, weights, scores = gate_ref(logits, bias, **how)
