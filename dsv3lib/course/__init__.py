@@ -67,7 +67,7 @@ Whatever takes longer than a few seconds gets a bar; it leaves nothing to compar
 
 At scale
 --------
-``at_scale("mla_decode bf16", operations=("mla_decode",))`` compiles those kernels for Hopper on the spot, shows
+``at_scale("mla_decode sm_90", operations=("mla_decode",))`` compiles those kernels for Hopper on the spot, shows
 what the code holds, and lists what ``benchmarks/gpu.py`` measured of them, or that nothing was measured.
 
 Figures
@@ -83,10 +83,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3lib.course.answer import check, exercise, hint, solution
-    from dsv3lib.course.at_scale import at_scale
     from dsv3lib.course.card import measured
     from dsv3lib.course.overview import progress
     from dsv3lib.course.prediction import predict, reveal
+    from dsv3lib.course.scale import at_scale
     from dsv3lib.course.session import Session, setup
     from dsv3lib.course.waiting import bar
 
@@ -107,7 +107,7 @@ __all__ = [
 
 _HOME = {
     "Session": "session",
-    "at_scale": "at_scale",
+    "at_scale": "scale",
     "bar": "waiting",
     "check": "answer",
     "exercise": "answer",

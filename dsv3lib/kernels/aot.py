@@ -83,9 +83,14 @@ class Build:
     @property
     def name(self) -> str:
         """Operation, variant, generation and bounds, as tests and the table call it."""
-        bounds = " ".join(f"{k}={low}..{high}" for k, (low, high) in self.row["when"].items())
-        parts = (self.specimen.operation, self.specimen.variant, self.generation, bounds)
+        parts = (self.specimen.operation, self.specimen.variant, self.generation, *self.bounds)
         return " ".join(part for part in parts if part)
+
+    @property
+    def bounds(self) -> list[str]:
+        """The shapes that its row of settings is for, such as "M 65–128"."""
+        ends = self.row["when"].items()
+        return [f"{name} {low}" if low == high else f"{name} {low}–{high}" for name, (low, high) in ends]
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,12 @@ def _line(families: tuple[str, ...], generations: tuple[str, ...], index: int) -
 def line_of(build: aot.Build) -> Line:
     """Compile one kernel and say what its code holds."""
     made = aot.compile_build(build)
-    bounds = [f"{k} {low}–{high}" for k, (low, high) in build.row["when"].items()]
     sizes = [f"{k.removeprefix('num_').lower()} {v}" for k, v in build.row.items() if k != "when"]
     return Line(
         build.specimen.operation,
         build.specimen.variant,
         build.generation,
-        ", ".join(bounds + sizes),
+        ", ".join(build.bounds + sizes),
         made.registers,
         made.spilled,
         made.shared,

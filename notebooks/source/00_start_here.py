@@ -403,9 +403,16 @@ years = needed / mine / (365 * 86400)
 measured(f"This machine: {mine / 1e9:.0f} billion operations a second; V3 would take it {years:,.0f} years.")
 
 # %% [markdown]
-# Nothing here ran on a GPU unless the first cell named one. Where a later notebook quotes a speed, it names the machine on
-# which it was measured.
-#
+# Nothing here ran on a GPU unless the first cell named one. But the kernels that would are in this library, and a GPU is not
+# needed to see what they became: the next cell compiles one for Hopper, the generation of the H800. It normalises and
+# rounds to eight bits what goes into V3's matrix products. Later notebooks do the same with theirs.
+
+# %%
+from dsv3lib.course import at_scale
+
+at_scale("quantize_tiles e4m3 bf16 sm_90", operations=("quantize_tiles", "gemm_fp8"))
+
+# %% [markdown]
 # ## Exercises
 
 # %%

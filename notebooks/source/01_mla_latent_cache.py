@@ -612,21 +612,27 @@ for n in (128, 16):
     flop = attention_flops_per_cached_token(v3.replace(num_attention_heads=n), "absorbed")
     intensity = flop / (2 * v3.latent_dim)
     print(f"{n:3} heads: {intensity:3.0f} operations a byte, {100 * intensity / balance:.0f} % of the GPU's {balance:.0f}")
-results = {one.name: json.loads(one.read_text()) for one in sorted(Path("../data/results").glob("*.json"))}
-rows = [(name, row) for name, result in results.items() for row in result.get("columns", []) if row["work"] == "decode"]
+results = {one.name: json.loads(one.read_text()) for one in sorted(Path("../data/results").glob("cpu-*.json"))}
+rows = [(name, row) for name, result in results.items() for row in result["columns"] if row["work"] == "decode"]
 say = "{} · {:,} cached: {:.0f} tokens/s, {:.1f} × transformers.".format
-lines = [say(name, r["context"], r["ours_tokens_per_s"], r["ratio"]) for name, r in rows]
-on_gpu = [name for name in results if name.startswith("gpu")]
-lines += [f"GPU results: {', '.join(on_gpu) or 'none has been measured yet'}. This notebook ran on: {session.device}."]
-measured("\n".join(lines))  # one output, however many results there are
+measured("\n".join(say(name, r["context"], r["ours_tokens_per_s"], r["ratio"]) for name, r in rows))
+
+# %%
+from dsv3lib.course import at_scale
+
+at_scale("mla_decode sm_90", "mla_decode_fp8 sm_90", operations=("mla_decode", "mla_decode fp8"))
 
 # %% [markdown]
 # With all 128 heads on one GPU, decoding is close to the point where arithmetic limits it. If the heads are split over eight
 # GPUs, each still reads the whole latent, which cannot be split by heads: then memory limits it.
 #
-# The other lines are whatever this project has measured so far (the file names the date, and holds the machine). The kernel
-# that works on latents on a GPU is a later part of this library. Until its figures stand here, nothing is claimed for it.
-# Where the notebook found a GPU, the timing above ran on it in plain PyTorch.
+# The lines below that are whatever this project has measured on a CPU (the file names the date, and holds the machine).
+#
+# The last cell shows the kernel that decodes on a GPU,
+# [dsv3lib/kernels/mla_decode.py](../dsv3lib/kernels/mla_decode.py), compiled for Hopper while you wait; no GPU is needed for
+# that. It brings a page of 64 latents into fast memory once and uses it twice, as keys and as values: that is absorption at
+# work. *Registers* hold a thread's numbers; *spilled* ones did not fit; `wgmma` is Hopper's matrix instruction. With 16
+# heads there are too few rows to fill it, so that form turns the product around and lets the tokens fill it instead.
 #
 # ## Exercises
 #

@@ -510,13 +510,19 @@ naive = int(gpus.visits.sum()) / int(gpus.infiniband.sum())
 per_token = gpus.dispatch_bytes(v3.hidden_size) / 2000, gpus.combine_bytes(v3.hidden_size) / 2000
 print(f"a token and layer: {per_token[0] / 1024:.1f} KiB out (FP8 with scales), {per_token[1] / 1024:.1f} KiB back (BF16)")
 print(f"a copy for each expert instead of each node would be {naive:.1f} times that")
-print("GPU in this session:", "yes" if session.device.type == "cuda" else "none")
+
+# %%
+from dsv3lib.course import at_scale
+
+at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=("gate", "permute", "grouped_gemm", "grouped_gemm_fp8"))
 
 # %% [markdown]
-# Routing itself is a small part of a step; dispatch and combine are memory traffic. **No GPU figures of them have been measured for this
-# notebook**, so none are shown. The experts' products go through one grouped product
-# ([dsv3lib/kernels/grouped_gemm.py](../dsv3lib/kernels/grouped_gemm.py)), and the CPU form you just trained with is the one that GPU
-# kernels are held against.
+# Routing itself is a small part of a step, but written in PyTorch it is a dozen launches that each cross memory. On a GPU the
+# gate is one: scores, bias, groups, choice and weights of a token never leave the registers
+# ([routing.py](../dsv3lib/kernels/routing.py)). The rows then go to their experts by counting, without asking the host how
+# many went where ([permutation.py](../dsv3lib/kernels/permutation.py)), and all experts are one product
+# ([grouped_gemm.py](../dsv3lib/kernels/grouped_gemm.py)). The cell compiled them for Hopper just now; the CPU form that you
+# trained with is what they are held against.
 #
 # ## Exercises
 

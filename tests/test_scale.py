@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv3lib.course import at_scale
-from dsv3lib.course.at_scale import compiled, measured_lines
+from dsv3lib.course.scale import compiled, measured_lines
 from dsv3lib.errors import CourseError
 from dsv3lib.kernels import dispatch, language
 
@@ -35,11 +35,11 @@ def test_only_the_newest_run_of_each_machine_is_told_and_only_what_was_timed(tmp
 
 @pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 def test_kernels_are_compiled_on_the_spot(capsys):
-    told, rows = compiled(("gate sm_90",))
+    told, rows = compiled(("gate training",))
     assert "without a GPU" in told
     name, registers, spilled, shared, _ = rows[0]
-    assert name == "gate" and 0 < int(registers) <= 255 and spilled == "0" and shared.endswith("KiB")
-    at_scale.at_scale("gate sm_90", operations=("gate",))
+    assert name == "gate training" and 0 < int(registers) <= 255 and spilled == "0" and shared.endswith("KiB")
+    at_scale("gate training", operations=("gate",))
     out = capsys.readouterr().out
     assert all(line.startswith("measured | ") for line in out.splitlines()) and "registers" in out
 
@@ -47,7 +47,7 @@ def test_kernels_are_compiled_on_the_spot(capsys):
 @pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 def test_a_kernel_that_does_not_exist_is_named():
     with pytest.raises(CourseError, match="no kernel is called warp_drive"):
-        compiled(("warp_drive",))
+        compiled(("gate training", "warp_drive"))
 
 
 def test_without_triton_or_interpreted_that_is_said(monkeypatch):

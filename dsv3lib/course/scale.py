@@ -23,7 +23,7 @@ def at_scale(*builds: str, operations: tuple[str, ...], results: Path = RESULTS)
     """Show kernels as compiled for Hopper, and what has been measured of their operations.
 
     Args:
-        builds: names as ``dsv3 kernels`` shows them, or their beginnings, such as "mla_decode bf16".
+        builds: names as ``dsv3 kernels`` shows them, or their beginnings, such as "mla_decode sm_90".
         operations: whose measurements to show. results: the folder of ``gpu-*.json``.
     """
     told, rows = compiled(builds)
@@ -39,9 +39,11 @@ def compiled(builds: tuple[str, ...]) -> tuple[str, list[list[str]]]:
         return "Triton exists for Linux alone, so nothing is compiled here; `dsv3 kernels` shows this table there.", []
     if dispatch.interpreted():
         return "TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled.", []
-    chosen = [b for b in aot.builds(generations=("sm_90",)) if any(b.name.startswith(name) for name in builds)]
-    if not chosen:
-        raise CourseError(f"at_scale: no kernel is called {' or '.join(builds)}; `dsv3 kernels` lists them")
+    shipped = list(aot.builds(generations=("sm_90",)))
+    unknown = [name for name in builds if not any(build.name.startswith(name) for build in shipped)]
+    if unknown:
+        raise CourseError(f"at_scale: no kernel is called {' or '.join(unknown)}; `dsv3 kernels` lists them")
+    chosen = [build for build in shipped if build.name.startswith(builds)]
     rows = []
     for build in chosen:
         made = aot.compile_build(build)
