@@ -48,7 +48,8 @@ def compiled(builds: tuple[str, ...]) -> tuple[str, list[list[str]]]:
     for build in chosen:
         made = aot.compile_build(build)
         name = build.name.replace(" sm_90", "")
-        rows.append([name, str(made.registers), str(made.spilled), f"{made.shared / 1024:.0f} KiB", made.instruction])
+        shared = f"{made.shared / 1024:.0f} KiB"
+        rows.append([name, str(made.registers), str(made.spilled), shared, made.instruction or "–"])
     return "Compiled for Hopper just now, on this machine, without a GPU:", rows
 
 

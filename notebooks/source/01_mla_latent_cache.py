@@ -626,12 +626,13 @@ at_scale("mla_decode sm_90", "mla_decode_fp8 sm_90", operations=("mla_decode", "
 # With all 128 heads on one GPU, decoding is close to the point where arithmetic limits it. If the heads are split over eight
 # GPUs, each still reads the whole latent, which cannot be split by heads: then memory limits it.
 #
-# The lines below that are whatever this project has measured on a CPU (the file names the date, and holds the machine).
+# The speeds under the first cell are what this project has measured on a CPU (the file names the date, and holds the machine).
 #
 # The last cell shows the kernel that decodes on a GPU,
 # [dsv3lib/kernels/mla_decode.py](../dsv3lib/kernels/mla_decode.py), compiled for Hopper while you wait; no GPU is needed for
 # that. It brings a page of 64 latents into fast memory once and uses it twice, as keys and as values: that is absorption at
-# work. *Registers* hold a thread's numbers; *spilled* ones did not fit; `wgmma` is Hopper's matrix instruction. With 16
+# work. *Rows* are heads times new tokens, *bytes* those of a number; *registers* hold a thread's numbers, *spilled* ones did
+# not fit; *shared* is that fast memory; `wgmma` is Hopper's matrix instruction. With 16
 # heads there are too few rows to fill it, so that form turns the product around and lets the tokens fill it instead.
 #
 # ## Exercises
