@@ -142,7 +142,7 @@ def table_of_measurements(folder: Path) -> str:
         ]
         head = ["kernel", "µs", "TFLOP/s", "GB/s", "of the machine's limit", "times as fast as"]
         parts.append(markdown(head, rows, "lrrrrl"))
-    return "\n\n".join(parts) or "Nothing has been measured on a GPU yet, so no speed is claimed."
+    return "\n\n".join(parts) or "No kernel has run on a GPU yet, so no speed is claimed."
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
