@@ -33,11 +33,16 @@ from dsv3lib.kernels import dispatch, language, tuning
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 LAYER_TOKENS = 4096
+SMALL_MODEL_SIZES = (
+    8,
+    2048,
+    8192,
+)  # sequences and tokens of a training step; context of prefill and decoding
 SMALL_MODEL = {
     "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 512,
     "num_hidden_layers": 8, "first_k_dense_replace": 1, "num_attention_heads": 16, "n_routed_experts": 64,
     "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "kv_lora_rank": 512, "q_lora_rank": 768,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 16384,
 }  # fmt: skip
 
 
@@ -151,7 +156,7 @@ def layers_and_model(device: torch.device, small: bool):
     wide = nano if small else ModelConfig.preset("v3-671b")
     model = nano if small else ModelConfig(**SMALL_MODEL)
     yield from gpu_layers.layers(device, wide, 8 if small else LAYER_TOKENS)
-    sizes = (2, 8, 8) if small else (8, 2048, 8192)
+    sizes = (2, 8, 8) if small else SMALL_MODEL_SIZES
     yield from gpu_layers.end_to_end(device, model, *sizes)
 
 

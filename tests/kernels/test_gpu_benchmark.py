@@ -17,7 +17,7 @@ import gpu_picture  # noqa: E402
 import gpu_tune  # noqa: E402
 from gpu_timing import Ceilings, Stopwatch, Twice  # noqa: E402
 
-from dsv3lib import kernels  # noqa: E402
+from dsv3lib import ModelConfig, kernels  # noqa: E402
 from dsv3lib.kernels import tuning  # noqa: E402
 
 SMALL = {case.name: case for case in gpu_cases.cases(small=True)}
@@ -75,6 +75,13 @@ def test_layers_and_a_model_agree_on_both_paths(device):
     ]
     assert [one["name"] for one in runs if not one["right"]] == []
     assert {"MLA forward and backward", "MoE forward and backward"} <= {one["name"] for one in runs}
+
+
+def test_the_small_model_holds_what_it_is_measured_with():
+    config = ModelConfig(**gpu.SMALL_MODEL)
+    _, tokens, context = gpu.SMALL_MODEL_SIZES
+    assert max(tokens, context + 1) <= config.max_position_embeddings
+    assert gpu.LAYER_TOKENS <= ModelConfig.preset("v3-671b").max_position_embeddings
 
 
 def test_a_peer_is_only_measured_when_it_agrees():
