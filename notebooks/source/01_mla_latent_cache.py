@@ -607,6 +607,8 @@ measured(f"Loss: {loss_with(tight):.2f} with a latent of 8, {loss_with(wide):.2f
 import json
 from pathlib import Path
 
+from dsv3lib.course import at_scale
+
 balance = 989e12 / 3.35e12
 for n in (128, 16):
     flop = attention_flops_per_cached_token(v3.replace(num_attention_heads=n), "absorbed")
@@ -616,19 +618,15 @@ results = {one.name: json.loads(one.read_text()) for one in sorted(Path("../data
 rows = [(name, row) for name, result in results.items() for row in result["columns"] if row["work"] == "decode"]
 say = "{} · {:,} cached: {:.0f} tokens/s, {:.1f} × transformers.".format
 measured("\n".join(say(name, r["context"], r["ours_tokens_per_s"], r["ratio"]) for name, r in rows))
-
-# %%
-from dsv3lib.course import at_scale
-
 at_scale("mla_decode sm_90", "mla_decode_fp8 sm_90", operations=("mla_decode", "mla_decode fp8"))
 
 # %% [markdown]
 # With all 128 heads on one GPU, decoding is close to the point where arithmetic limits it. If the heads are split over eight
 # GPUs, each still reads the whole latent, which cannot be split by heads: then memory limits it.
 #
-# The speeds under the first cell are what this project has measured on a CPU (the file names the date, and holds the machine).
+# The speeds are what this project has measured on a CPU (the file names the date, and holds the machine).
 #
-# The last cell shows the kernel that decodes on a GPU,
+# The table shows the kernel that decodes on a GPU,
 # [dsv3lib/kernels/mla_decode.py](../dsv3lib/kernels/mla_decode.py), compiled for Hopper while you wait; no GPU is needed for
 # that. It brings a page of 64 latents into fast memory once and uses it twice, as keys and as values: that is absorption at
 # work. *Rows* are heads times new tokens, *bytes* those of a number; *registers* hold a thread's numbers, *spilled* ones did

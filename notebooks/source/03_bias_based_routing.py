@@ -505,15 +505,13 @@ assert FAST or float(test.p_value.min()) < 0.05
 # copy for each node are what make it payable.
 
 # %%
+from dsv3lib.course import at_scale
+
 gpus = traffic_of(v3, gpus=8)
 naive = int(gpus.visits.sum()) / int(gpus.infiniband.sum())
 per_token = gpus.dispatch_bytes(v3.hidden_size) / 2000, gpus.combine_bytes(v3.hidden_size) / 2000
 print(f"a token and layer: {per_token[0] / 1024:.1f} KiB out (FP8 with scales), {per_token[1] / 1024:.1f} KiB back (BF16)")
 print(f"a copy for each expert instead of each node would be {naive:.1f} times that")
-
-# %%
-from dsv3lib.course import at_scale
-
 at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=("gate", "permute", "grouped_gemm", "grouped_gemm_fp8"))
 
 # %% [markdown]
