@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 PARALLEL = ["-n", "2", "--dist", "loadfile"]
-APART = ("browser", "kernels", "compile")  # folders under tests/ that are phases of their own
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", "--nbval-sanitize-with"]
 
 
@@ -28,7 +27,7 @@ def phases() -> dict[str, list[str]]:
     notebooks = sorted(str(path.relative_to(ROOT)) for path in found)
     commands = {
         "lint": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
-        "unit": [*PYTEST, *PARALLEL, *[f"--ignore=tests/{folder}" for folder in APART], "tests"],
+        "unit": [*PYTEST, *PARALLEL, "tests"],
         "kernels": [*PYTEST, *PARALLEL, "tests/kernels"],
         "compile": [*PYTEST, "-n", "2", "--dist", "load", "tests/compile"],
     }
