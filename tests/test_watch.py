@@ -124,6 +124,24 @@ def test_an_ended_run_that_goes_on_is_followed_on(run, follow):
     assert follower.view.history.steps == [1, 2]
 
 
+def test_a_run_that_goes_on_while_nobody_looks_is_not_missed(run, follow, monkeypatch):
+    look, changed = watch.Follower._stamp, []
+
+    def replace_first(self):
+        """The log is replaced between its end and the first look at the file."""
+        if not changed:
+            changed.append(True)
+            run.replace(line(header()) + line(step(1)))
+            run.write(line(step(2)))
+        return look(self)
+
+    monkeypatch.setattr(watch.Follower, "_stamp", replace_first)
+    run.write(line(step(1)) + line({"kind": "end", "step": 1, "reason": "interrupted"}))
+    follower = follow()
+    until(lambda: follower.state == "Step 2 of 9. Following the run.")
+    assert changed and follower.view.history.steps == [1, 2]
+
+
 def test_a_run_begun_anew_with_another_model_is_shown_as_it_is(run, follow):
     follower = follow()
     run.write(line(step(1)))

@@ -118,9 +118,18 @@ class Follower:
 
     def _wait_for_change(self) -> None:
         before = self._stamp()
+        if self._went_on():  # between the last record and the look at the file
+            return
         while not self._stop.wait(self.poll_seconds):
             if self._stamp() != before:
                 return
+
+    def _went_on(self) -> bool:
+        """Whether the log no longer closes with an end."""
+        try:
+            return runlog.read_log(self.path).end is None
+        except Dsv3Error:
+            return False
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
