@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 import jaxtyping
 
@@ -14,6 +15,7 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from dsv3lib.doctor import find_browser  # noqa: E402
+from dsv3lib.kernels import language  # noqa: E402
 
 SEED = 0
 ON_CI = os.environ.get("CI") == "true"
@@ -24,6 +26,17 @@ _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("ci", derandomize=True, max_examples=25, database=None, **_common)
 settings.register_profile("thorough", max_examples=500, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses to run without Triton where it exists: the kernels' tests would all be skipped."""
+    require_triton(language.INSTALLED, sys.platform)
+
+
+def require_triton(installed: bool, system: str) -> None:
+    """Raises where Triton is missing on Linux; elsewhere it does not exist, and the kernels' tests are skipped."""
+    if system == "linux" and not installed:
+        raise pytest.UsageError("triton is not installed, and on Linux the tests need it: run make setup")
 
 
 @pytest.fixture(autouse=True)

@@ -325,6 +325,14 @@ def test_the_browser_fixture_fails_on_ci_and_skips_elsewhere(request):
         conftest.require_browser(None, False)
 
 
+def test_without_triton_the_tests_refuse_to_run_where_it_exists(request):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    conftest.require_triton(True, "linux")
+    conftest.require_triton(False, "darwin")
+    with pytest.raises(pytest.UsageError, match="make setup"):
+        conftest.require_triton(False, "linux")
+
+
 def test_a_failing_phase_fails_the_run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import run_tests

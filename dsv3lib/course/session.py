@@ -12,7 +12,8 @@ import torch
 
 from dsv3lib.course import card
 from dsv3lib.course.syllabus import lesson
-from dsv3lib.errors import CourseError
+from dsv3lib.devices import find_device
+from dsv3lib.errors import CourseError, InputError
 from dsv3lib.viz import style
 
 _LARGEST_SEED = 2**32 - 1
@@ -50,7 +51,10 @@ def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
         raise CourseError(f"seed is {seed!r}, expected an integer from 0 to {_LARGEST_SEED}")
     title = lesson(notebook).stem if notebook else "your notebook"
-    chosen = _device(device)
+    try:
+        chosen = find_device(device, "device")
+    except InputError as error:
+        raise CourseError(str(error)) from error
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -73,18 +77,6 @@ def describe_machine(device: torch.device) -> str:
         f"{where}; torch computes with {threads} of {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, torch {torch.__version__}."
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise CourseError(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CourseError(f"device {name!r} needs a CUDA GPU and there is none here; use 'auto' or 'cpu'")
-    return device
 
 
 def _use_inline_png() -> None:
