@@ -404,8 +404,8 @@ measured(f"This machine: {mine / 1e9:.0f} billion operations a second; V3 would 
 
 # %% [markdown]
 # Nothing here ran on a GPU unless the first cell named one. But the kernels that would are in this library, and a GPU is not
-# needed to see what they became: the next cell compiles one for Hopper, the generation of the H800. It normalises and
-# rounds to eight bits what goes into V3's matrix products. Later notebooks do the same with theirs.
+# needed to see what they became: the next cell compiles one for Hopper, the generation of the H800. It rounds what goes into
+# V3's matrix products to eight bits, with one scale for each 128 values. Later notebooks do the same with theirs.
 
 # %%
 from dsv3lib.course import at_scale

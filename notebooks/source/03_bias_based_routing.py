@@ -512,7 +512,8 @@ naive = int(gpus.visits.sum()) / int(gpus.infiniband.sum())
 per_token = gpus.dispatch_bytes(v3.hidden_size) / 2000, gpus.combine_bytes(v3.hidden_size) / 2000
 print(f"a token and layer: {per_token[0] / 1024:.1f} KiB out (FP8 with scales), {per_token[1] / 1024:.1f} KiB back (BF16)")
 print(f"a copy for each expert instead of each node would be {naive:.1f} times that")
-at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=("gate", "permute", "grouped_gemm", "grouped_gemm_fp8"))
+measurements = ("gate", "permute", "grouped_gemm", "grouped_gemm_fp8")
+at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=measurements)
 
 # %% [markdown]
 # Routing itself is a small part of a step, but written in PyTorch it is a dozen launches that each cross memory. On a GPU the
