@@ -165,13 +165,20 @@ def test_a_copy_has_its_own_weights() -> None:
         assert torch.equal(one_more(twin, ids), expected)
 
 
-@pytest.mark.parametrize("length", [one_token.LONG - 1, one_token.LONG])
-def test_long_and_short_contexts_attend_alike(length) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, past = (torch.randn(n, 12, dtype=torch.float64, generator=generator) for n in (3, length))
-    expected = torch.softmax(q @ past.T, -1) @ past[:, :8]
-    found = one_token.attend_to_latents(q.numpy(), past.numpy(), 8)
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-12)
+@given(
+    heads=st.integers(1, 5), width=st.integers(2, 40), pieces=st.integers(0, 3), left=st.integers(-2, 2),
+    loud=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attends_in_pieces_as_in_one(heads, width, pieces, left, loud, seed) -> None:
+    length = max(1, pieces * max(one_token.PIECE_LEAST, one_token.PIECE_VALUES // width) + left)
+    generator = torch.Generator().manual_seed(seed)
+    q, past = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (heads, length))
+    if loud:
+        q *= 1e3  # exp would overflow without the maximum
+    rank = max(1, width - 4)
+    expected = torch.softmax(q @ past.T, -1) @ past[:, :rank]
+    found = one_token.attend_to_latents(q.numpy(), past.numpy(), rank)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-9 if loud else 1e-12)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -3,10 +3,10 @@
 When one row continues by one token, each matrix is read once and the vectors are tiny: what costs is not
 arithmetic but *starting* operations, some 200 of them in a layer of the plain form, 1 to 10 µs each, and
 reading the weights. Here a token is a NumPy vector in the model's own memory (``token_weights``), which starts
-an operation in a third of a microsecond; a linear layer is one matrix-vector product, a norm three operations
+an operation in a third of a microsecond; a linear layer is one pass over its weights, a norm three operations
 instead of a dozen, the choice of experts Python on a handful of numbers, and nothing is sorted or sent about.
-Attention goes back to torch where the context is long, because there its products are the quicker ones. The
-plain layers beside this file are the definition; a test holds both equal.
+Everything stays in one thread, because to wake another takes longer than most of these operations. The plain
+layers beside this file are the definition; a test holds both equal.
 
 Differs from the plain form: no gradient is kept, and forward hooks on the layers do not fire.
 """
@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..blas_threads import one_blas_thread
 from ..config import ModelConfig
 from ..errors import InputError
 from ..kernels.dispatch import for_layers
@@ -30,7 +29,9 @@ from .attention import Step, absorbed_is_cheaper
 from .experts import Routing
 from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, TokenWeights
 
-LONG = 512  # cached tokens from which on torch's two attention products are quicker than NumPy's
+# Latents at a time in attention. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger
+# one copies them into another order first, which for a few heads takes longer than the product.
+PIECE_VALUES, PIECE_LEAST = 10_240, 64
 
 
 def applies(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
@@ -83,7 +84,7 @@ class OneToken:
         like, turn = x.new_empty(1, 1, self.config.latent_dim), step.turns[0].numpy()
         chosen, affinities = [], []
         # exp(-z) may overflow to infinity, where the sigmoid is rightly 0; and NaN goes its way as in torch.
-        with one_blas_thread(), np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
             x = x.view(-1).numpy()
             for layer, w in enumerate(weights.blocks):
                 past = step.cache.append_one(layer, like)
@@ -97,7 +98,7 @@ class OneToken:
                 chosen.append(experts)
                 affinities.append(scores)
             hidden = self.normalize(x, weights.norm)
-            logits = weights.head.dot(hidden)
+            logits = np.vecdot(weights.head, hidden)
         indices = torch.tensor(chosen, dtype=torch.int64)[:, None, None]
         routings = [
             Routing(i, torch.from_numpy(s).view(1, 1, -1)) for i, s in zip(indices, affinities, strict=True)
@@ -130,10 +131,10 @@ class OneToken:
         past[-1, rank:] = turned(latent[rank:], turn)
 
         if w.q_a is None:
-            q = w.q.dot(h)
+            q = np.vecdot(w.q, h)
             q *= cfg.softmax_scale
         else:
-            q = w.q.dot(self.normalize(w.q_a(h), w.q_norm, cfg.softmax_scale))
+            q = np.vecdot(w.q, self.normalize(w.q_a(h), w.q_norm, cfg.softmax_scale))
         q = q.reshape(heads, -1)
         q_latent = np.empty((heads, cfg.latent_dim), q.dtype)
         np.vecmat(q[:, :nope], w.w_uk, out=q_latent[:, :rank])
@@ -142,32 +143,39 @@ class OneToken:
 
     def mixture(self, w: MixtureWeights, h: Array) -> tuple[Array, list[int], Array]:
         """The shared expert + the chosen ones, each weighted (Eq. 12); no other weights are touched."""
-        scores = 1 / (1 + np.exp(-w.gate.dot(h)))
+        scores = 1 / (1 + np.exp(-np.vecdot(w.gate, h)))
         chosen, gates = route_one(scores.tolist(), w.bias.tolist(), self.config)
         y = swiglu(w.shared, h)
         width = self.config.moe_intermediate_size
         gate_up = np.empty((len(chosen), 2 * width), h.dtype)
         for i, row in zip(chosen, gate_up, strict=True):
-            w.gate_up[i].dot(h, row)
+            np.vecdot(w.gate_up[i], h, row)
         hidden = silu(gate_up[:, :width])
         hidden *= gate_up[:, width:]
         hidden *= np.array(gates, h.dtype)[:, None]
         for i, row in zip(chosen, hidden, strict=True):
-            y += w.down[i].dot(row)
+            y += np.vecdot(w.down[i], row)
         return y, chosen, scores
 
 
 def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
-    """softmax(q · latents) c_kv for queries [H, C + R] that bear the softmax scale: every head's [H, C]."""
-    if len(past) >= LONG:
-        q, past = torch.from_numpy(q), torch.from_numpy(past)
-        p = torch.softmax(torch.mm(q, past.t()), -1)
-        return torch.mm(p, past[:, :rank]).numpy()
-    p = q @ past.T
-    p -= p.max(-1, keepdims=True)
+    """softmax(q · latents) c_kv for queries [H, C + R] that bear the softmax scale: every head's [H, C].
+
+    The context is cut into pieces, whose products NumPy does one after the other at one call.
+    """
+    heads, latent_dim = q.shape
+    piece = max(PIECE_LEAST, PIECE_VALUES // latent_dim)
+    whole, left = divmod(len(past), piece)
+    pieces, rest = past[: len(past) - left].reshape(whole, piece, latent_dim), past[len(past) - left :]
+    p = np.empty((whole + 1, heads, piece), q.dtype)
+    np.matmul(q, pieces.transpose(0, 2, 1), out=p[:whole])
+    np.matmul(q, rest.T, out=p[whole, :, :left])
+    p[whole, :, left:] = -np.inf  # the last piece is not full
+    p -= p.max(0).max(1, keepdims=True)
     np.exp(p, p)
-    u = p @ past[:, :rank]
-    u /= p.sum(-1, keepdims=True)
+    u = np.matmul(p[:whole], pieces[..., :rank]).sum(0)
+    u += p[whole, :, :left] @ rest[:, :rank]
+    u /= p.sum(0).sum(1, keepdims=True)
     return u
 
 
@@ -186,9 +194,9 @@ def silu(x: Array) -> Array:
 
 def swiglu(w: MLPWeights, h: Array) -> Array:
     """down(silu(gate h) ⊙ up h)."""
-    a = silu(w.gate.dot(h))
-    a *= w.up.dot(h)
-    return w.down.dot(a)
+    a = silu(np.vecdot(w.gate, h))
+    a *= np.vecdot(w.up, h)
+    return np.vecdot(w.down, a)
 
 
 def route_one(
