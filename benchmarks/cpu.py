@@ -24,6 +24,7 @@ from measure import Timing, copy_bandwidth, interleave, machine, matrix_peak, se
 from memory import peak_of
 from ours import CONFIG, Ours
 from peer import Backend, Peer, backends
+from products import alone, products_of
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -38,8 +39,9 @@ TOLERANCE = 1e-4  # largest difference of logits (FP32, of order 1) and of gradi
 GIVE_UP = 3.0  # a backend this many times slower than the best is not tried at greater lengths
 BOUND_BY = {
     "prefill": "the matrix peak, and the softmax's exponentials at long contexts",
-    "decode": "reading the weights and starting some 300 small operations at short contexts, the cache at long ones",
-    "train": "the matrix peak (products are four fifths of the step, at some 80 % of it), then elementwise traffic",
+    "decode": "reading the weights and starting some 200 small operations at short contexts, one core's arithmetic on "
+    "the cache at long ones",
+    "train": "its matrix products, which alone take most of the step, then elementwise traffic",
 }
 
 
@@ -56,6 +58,7 @@ class Column:
         backend: the peer's fastest. tried: its candidates and their seconds.
         difference: largest difference of logits (or of the loss).
         bound: seconds at the machine's limits, for one call or, when decoding, for one token.
+        memory: peak memory of each side. products: what our matrix products take alone, see ``products``.
     """
 
     work: str
@@ -67,6 +70,7 @@ class Column:
     difference: float
     bound: Callable[[bounds.Limits], float]
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    products: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -96,6 +100,7 @@ class Column:
             "share_of_limit": round(bound_s / ours.median, 3),
             "bound_by": BOUND_BY[self.work],
             "memory": self.memory,
+            "products": self.products,
         }
 
 
@@ -209,7 +214,12 @@ class Comparison:
         sides = {"ours": lambda: self.ours.train_step(ids), "peer": lambda: self.peer.train_step(ids)}
         timings = interleave(sides, 2 * self.budget_s, least=5)
         limit = partial(bounds.train_seconds, self.config, batch, tokens)
-        self.columns.append(Column("train", tokens, batch * tokens, best, tried, timings, difference, limit))
+        column = Column("train", tokens, batch * tokens, best, tried, timings, difference, limit)
+        products = products_of(sides["ours"])
+        column.products = {"count": len(products), "gflop": round(sum(p.flops for p in products) / 1e9, 2)}
+        for name, seconds in alone(products, self.budget_s).items():
+            column.products[f"{name}_ms"] = round(1e3 * seconds, 4)
+        self.columns.append(column)
 
     def memory(self) -> None:
         """Peak memory of each side, for training and for the longest prefill."""
@@ -267,6 +277,16 @@ def table(columns: list[Column], limits: bounds.Limits) -> Table:
     return shown
 
 
+def products_line(column: Column) -> str:
+    """What the training step's matrix products take alone, beside the whole step of either side."""
+    ours, peer = (1e3 * column.timings[name].median for name in ("ours", "peer"))
+    return (
+        "train: our {count} matrix products ({gflop} GFLOP) alone, nothing between them, take {cached_ms:.0f} ms with "
+        "their operands in the caches, {from_memory_ms:.0f} ms from memory; ".format(**column.products)
+        + f"our whole step takes {ours:.0f}, the peer's {peer:.0f}."
+    )
+
+
 def run(
     config: ModelConfig, contexts: tuple[int, ...], batch: tuple[int, int], budget_s: float, memory: bool
 ) -> dict[str, Any]:
@@ -291,6 +311,7 @@ def run(
     console.print(f"matrix peak {limits.flops / 1e9:.0f} GFLOP/s, copy {limits.bandwidth / 1e9:.1f} GB/s")
     for work, by in BOUND_BY.items():
         console.print(f"{work}: bound by {by}.")
+    console.print(products_line(comparison.columns[-1]))
     import transformers
 
     return {

@@ -16,6 +16,7 @@ import measure  # noqa: E402
 import memory  # noqa: E402
 from ours import CONFIG, Ours  # noqa: E402
 from peer import Peer, backends  # noqa: E402
+from products import Product, alone, products_of  # noqa: E402
 
 SMALL = CONFIG.replace(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -43,6 +44,9 @@ def test_a_whole_run_writes_what_it_measured(tmp_path) -> None:
         expected = column["peer"]["median_ms"] / column["ours"]["median_ms"]
         assert column["ratio"] == pytest.approx(expected, rel=1e-2)
         assert column["limit_ms"] > 0
+        assert set(column["products"]) == (
+            {"count", "gflop", "cached_ms", "from_memory_ms"} if column["work"] == "train" else set()
+        )
     assert set(read["columns"][0]["peer_backends_tried_ms"]) == names, "every backend is tried at first"
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -95,6 +99,33 @@ def test_bounds_follow_the_machine() -> None:
     assert bounds.decode_seconds(model, 64, slow) == 2 * bounds.decode_seconds(model, 64, fast)
     assert bounds.decode_seconds(model, 640, slow) > bounds.decode_seconds(model, 64, slow)
     assert bounds.train_seconds(SMALL, 2, 64, slow) == pytest.approx(6 * bounds.prefill_seconds(SMALL, 64, slow))
+
+
+def test_products_are_recorded_as_a_step_makes_them() -> None:
+    a = torch.randn(3, 5, requires_grad=True)
+    b = torch.randn(2, 5, requires_grad=True)
+    c, d = torch.randn(4, 3, 7), torch.randn(4, 7, 2)
+
+    def step() -> None:
+        (a @ b.t()).sum().backward()
+        c @ d
+
+    forward, *backward, batch = products_of(step)
+    assert forward == Product("aten::mm", ((3, 5), (5, 1)), ((5, 2), (1, 5)))
+    assert [p.flops for p in (forward, *backward, batch)] == [60, 60, 60, 2 * 4 * 3 * 7 * 2]
+    assert batch.out == (4, 3, 2)
+    times = alone([forward, *backward, batch], 0.0)
+    assert times.keys() == {"cached", "from_memory"} and min(times.values()) > 0
+
+
+def test_no_product_is_missed() -> None:
+    """Both forms of attention aside (blocks of rows above the diagonal), the recorded products are the formula's."""
+    ours, ids = Ours(SMALL, seed=0), torch.randint(SMALL.vocab_size, (2, 64))
+    recorded = sum(p.flops for p in products_of(lambda: ours.train_step(ids)))
+    formula = bounds.train_seconds(SMALL, 2, 64, bounds.Limits(1.0, 1.0))
+    assert formula < recorded < 1.2 * formula
+    with pytest.raises(NotImplementedError, match="addmm"):
+        products_of(lambda: torch.addmm(torch.ones(2), torch.ones(2, 2), torch.ones(2, 2)))
 
 
 def test_memory_of_another_process_and_its_failure() -> None:
