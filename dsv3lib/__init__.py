@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .layers.cache import LatentCache
-    from .model import DeepSeekV3, ModelOutput
+    from .model import DeepSeekV3
+    from .outputs import ModelOutput
     from .rope_settings import YarnScaling
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _HOMES = {
     "DeepSeekV3": "model",
     "LatentCache": "layers.cache",
     "ModelConfig": "config",
-    "ModelOutput": "model",
+    "ModelOutput": "outputs",
     "YarnScaling": "rope_settings",
 }
 

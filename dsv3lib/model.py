@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from .layers.one_token import OneToken, applies
 from .layers.recompute import Recipes, run
 from .layers.rope import RotaryEmbedding
 from .layers.router import Router, balance_loss
+from .outputs import ModelOutput
 
 if TYPE_CHECKING:
     from .inference.acceptance import SpeculationStatistics
@@ -40,41 +40,6 @@ if TYPE_CHECKING:
 PARTS = (
     "embedding", "head", "attention", "dense", "shared_experts", "routed_experts", "router", "norms", "mtp",
 )  # fmt: skip
-
-
-@dataclass
-class ModelOutput:
-    """What one forward pass gives.
-
-    Args:
-        logits: [B, T, V], position i scores token i + 1.
-        loss: scalar: main + λ/D Σ MTP + balance; ``None`` without labels.
-        losses: its parts as scalars in nats per token: "main", "mtp_1" … "mtp_D", "balance" (α applied).
-        mtp_logits: one [B, T−k, V] per depth k, position i scores token i + k + 1; empty unless asked for.
-        hidden: [B, T, D], normalised, the head's input and the MTP chain's start.
-        expert_indices: per mixture layer (``config.moe_layers``) the chosen experts, Int64 [B, T', A];
-            ``None`` where an MTP module did not run.
-        expert_load: Int64 [layers, E], visits per expert, zeros where an MTP module did not run.
-    """
-
-    logits: Float[Tensor, "B T vocab"]
-    hidden: Float[Tensor, "B T D"]
-    loss: Float[Tensor, ""] | None = None
-    losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
-    mtp_logits: list[Float[Tensor, "B Tk vocab"]] = field(default_factory=list)
-    expert_indices: list[Int[Tensor, "B Tk A"] | None] = field(default_factory=list)
-    n_routed_experts: int = 0
-
-    @property
-    def expert_load(self) -> Int[Tensor, "layers E"]:
-        """Visits per mixture layer and expert; each row sums to tokens x A."""
-        loads = [
-            torch.zeros(self.n_routed_experts, dtype=torch.int64, device=self.logits.device)
-            if indices is None
-            else torch.bincount(indices.flatten(), minlength=self.n_routed_experts)
-            for indices in self.expert_indices
-        ]
-        return torch.stack(loads) if loads else torch.zeros(0, self.n_routed_experts, dtype=torch.int64)
 
 
 class Decoder(nn.Module):
@@ -171,14 +136,15 @@ class DeepSeekV3(nn.Module):
                 "return_mtp: the modules look ahead of each position and cannot go on from a cache; leave the cache "
                 "out, or let generate(speculative=True) draft with them"
             )
-        if labels is not None and lengths is not None:
-            padding = (
-                torch.arange(labels.shape[1], device=labels.device) >= lengths.to(labels.device)[:, None]
-            )
-            labels = labels.masked_fill(padding, IGNORED)
+        valid = None
+        if lengths is not None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            valid = positions < lengths.to(input_ids.device)[:, None]
+        if labels is not None and valid is not None:
+            labels = labels.masked_fill(~valid, IGNORED)
         step = self.begin(input_ids, cache, lengths)
         with nullcontext() if step.recipes is None else step.recipes.saving():
-            return self._forward(input_ids, labels, document_ids, return_mtp, step)
+            return self._forward(input_ids, labels, document_ids, return_mtp, step, valid)
 
     def _forward(
         self,
@@ -187,6 +153,7 @@ class DeepSeekV3(nn.Module):
         document_ids: Tensor | None,
         return_mtp: bool,
         step: Step,
+        valid: Tensor | None,
     ) -> ModelOutput:
         embeddings = self.model.embed_tokens(input_ids)
         if applies(embeddings, step, self.config):
@@ -198,7 +165,7 @@ class DeepSeekV3(nn.Module):
                 routings += [] if routing is None else [routing]
             hidden = run(step.recipes, self.model.norm, x)
             logits = self.lm_head(hidden)
-        out = ModelOutput(logits, hidden, n_routed_experts=self.config.n_routed_experts)
+        out = ModelOutput(logits, hidden, n_routed_experts=self.config.n_routed_experts, valid=valid)
         if step.cache is not None:
             step.cache.advance(input_ids.shape[1], step.lengths)
         mtp_routings: list[Routing | None] = [None] * self.config.num_nextn_predict_layers
@@ -263,7 +230,11 @@ class DeepSeekV3(nn.Module):
         if self.aux_loss_alpha and routings:
             out.losses["balance"] = sum(
                 balance_loss(
-                    r.scores, self.config.num_experts_per_tok, self.aux_loss_alpha, self.aux_loss_over
+                    r.scores,
+                    self.config.num_experts_per_tok,
+                    self.aux_loss_alpha,
+                    self.aux_loss_over,
+                    out.valid_at(r.scores.shape[1]),
                 )
                 for r in routings
             )

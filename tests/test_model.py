@@ -203,6 +203,21 @@ def test_padding_is_no_target_and_changes_nothing() -> None:
         torch.testing.assert_close(out.losses[name], mean, rtol=0, atol=1e-12)
 
 
+def test_padding_is_not_counted_and_not_balanced() -> None:
+    """Loads and balance loss of a row that ends early are those of the row cut short, in the MTP module too."""
+    config = small(aux_loss_alpha=0.3)
+    model = build(config, dtype=torch.float64)
+    input_ids = tokens(config, 2, 9)
+    out = model(input_ids, labels=input_ids, lengths=torch.tensor([9, 5]))
+    alone = [model(input_ids[:1], labels=input_ids[:1]), model(input_ids[1:, :5], labels=input_ids[1:, :5])]
+    assert torch.equal(out.expert_load, alone[0].expert_load + alone[1].expert_load)
+    mean = (alone[0].losses["balance"] + alone[1].losses["balance"]) / 2
+    torch.testing.assert_close(out.losses["balance"], mean, rtol=0, atol=1e-12)
+    padded = model(input_ids, labels=input_ids)
+    assert not torch.equal(padded.expert_load, out.expert_load)
+    assert abs(padded.losses["balance"] - mean) > 1e-6, "with the padding in it, it would be another"
+
+
 def test_documents_shut_targets_but_not_attention() -> None:
     config = small()
     model = build(config, dtype=torch.float64)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, assert_rejects, build, configs, small, tokens
 
 from dsv3lib import ModelConfig
-from dsv3lib.layers.router import Router, best, route, sequence_balance_loss
+from dsv3lib.layers.router import Router, balance_loss, best, route, sequence_balance_loss
 
 CASES = {"config": configs(max_layers=1), "seed": SEEDS}
 
@@ -331,6 +331,22 @@ def test_the_balance_loss_and_its_gradient_are_the_paper_s(
 @pytest.mark.parametrize("wrong", [batch_wise, softmaxed])
 def test_the_balance_check_rejects(wrong) -> None:
     assert_rejects(lambda **case: check_balance(wrong, **case), **BALANCE)
+
+
+@given(batch=st.integers(1, 4), n_tokens=st.integers(1, 6), seed=SEEDS)
+def test_the_balance_loss_leaves_padding_out(batch: int, n_tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, n_tokens, 5, dtype=torch.float64, generator=generator)
+    lengths = torch.randint(0, n_tokens + 1, (batch,), generator=generator)
+    valid = torch.arange(n_tokens) < lengths[:, None]
+    cut = [row[None, :n] for row, n in zip(scores, lengths.tolist(), strict=True) if n]
+    by_sequence, by_batch = (balance_loss(scores, 2, 0.3, over, valid) for over in ("sequence", "batch"))
+    if not cut:
+        assert by_sequence == by_batch == 0
+        return
+    expected = torch.stack([loss_by_loop(row, 2, 0.3) for row in cut]).mean()
+    torch.testing.assert_close(by_sequence, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_batch, loss_by_loop(torch.cat(cut, 1), 2, 0.3), rtol=0, atol=1e-12)
 
 
 def test_the_balance_loss_by_finite_differences() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -47,7 +47,10 @@ def route(
 
 
 def sequence_balance_loss(
-    scores: Float[Tensor, "B T E"], experts_per_token: int, alpha: float
+    scores: Float[Tensor, "B T E"],
+    experts_per_token: int,
+    alpha: float,
+    valid: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Complementary sequence-wise auxiliary loss, α Σ f_i P_i (paper §2.1.2, Eqs. 17 to 20).
 
@@ -56,30 +59,41 @@ def sequence_balance_loss(
 
     Args:
         scores: s, sigmoid affinities. experts_per_token: K_r. alpha: α.
+        valid: which positions are tokens and no padding; ``None`` means all.
 
     Returns:
-        The mean over the sequences of a batch.
+        The mean over the sequences of a batch that hold a token.
     """
     n_tokens, n_experts = scores.shape[-2:]
     chosen = torch.zeros_like(scores).scatter_(-1, best(scores.detach(), experts_per_token), 1.0)
+    share = scores / scores.sum(-1, keepdim=True)
+    if valid is not None:
+        chosen, share = (x.masked_fill(~valid[..., None], 0.0) for x in (chosen, share))
+        n_tokens = valid.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
     f_BE = chosen.sum(-2) * (n_experts / (experts_per_token * n_tokens))
-    p_BE = (scores / scores.sum(-1, keepdim=True)).mean(-2)
-    return alpha * (f_BE * p_BE).sum(-1).mean()
+    p_BE = share.sum(-2) / n_tokens
+    loss_B = (f_BE * p_BE).sum(-1)
+    return alpha * (loss_B.mean() if valid is None else loss_B.sum() / valid.any(-1).sum().clamp(min=1))
 
 
 def balance_loss(
-    scores: Float[Tensor, "B T E"], experts_per_token: int, alpha: float, over: str
+    scores: Float[Tensor, "B T E"],
+    experts_per_token: int,
+    alpha: float,
+    over: str,
+    valid: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """The auxiliary loss over each sequence, or over the whole batch as if it were one (§4.5.3).
 
     The batch-wise form asks for less: one sequence may be all code, as long as the batch is mixed.
 
     Args:
-        scores, experts_per_token, alpha: as in ``sequence_balance_loss``. over: "sequence" or "batch".
+        scores, experts_per_token, alpha, valid: as in ``sequence_balance_loss``. over: "sequence" or "batch".
     """
     if over == "batch":
         scores = scores.flatten(0, 1)[None]
-    return sequence_balance_loss(scores, experts_per_token, alpha)
+        valid = None if valid is None else valid.flatten()[None]
+    return sequence_balance_loss(scores, experts_per_token, alpha, valid)
 
 
 class Router(nn.Module):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model import DeepSeekV3, ModelOutput
+from ..model import DeepSeekV3
+from ..outputs import ModelOutput
 from .load_history import LoadHistory
 
 
