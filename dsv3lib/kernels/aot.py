@@ -155,7 +155,7 @@ def compile_build(build: Build) -> Compiled:
     try:
         made = language.triton.compile(ASTSource(kernel, signature, constants, attributes), target, options)
     except Exception as error:  # the compiler raises many kinds, none of which names the build
-        raise KernelError(f"{build.name} does not compile: {error}") from error
+        raise KernelError(f"{build.name} does not compile: {_in_full(error)}") from error
     registers, spilled, static = _resources(made.asm["cubin"])
     found = MATRIX_INSTRUCTION.findall(made.asm["ptx"])
     whole = MATRIX_INSTRUCTION.search(made.asm["ptx"])
@@ -169,6 +169,15 @@ def compile_build(build: Build) -> Compiled:
         made.asm["ttir"],
         made.asm["ptx"],
     )
+
+
+def _in_full(error: BaseException | None) -> str:
+    """The compiler's words with those of its causes: of an error in a called function it says itself only where."""
+    words = []
+    while error is not None:
+        words.append(str(error) or repr(error))
+        error = error.__cause__
+    return "\nbecause: ".join(words)
 
 
 def _type(specimen: Specimen, name: str, constants: Mapping[str, Any]) -> str:

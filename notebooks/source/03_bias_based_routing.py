@@ -477,7 +477,7 @@ def document_loads(model, rows=32):
     return torch.cat(loads), torch.tensor(domain)
 
 loads, domain = document_loads(runs["bias"].model)
-print(len(domain), "documents,", len(set(domain.tolist())), "domains")
+measured(f"{len(domain)} documents, {len(set(domain.tolist()))} domains")
 
 # %%
 test = specialisation_test(loads, domain, 99 if FAST else 999, torch.Generator().manual_seed(SEED))

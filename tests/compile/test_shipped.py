@@ -81,6 +81,16 @@ def _careless_kernel(x_ptr, y_ptr, stride_x, BLOCK: tl.constexpr):
 
 
 @jit
+def _wrong_callee(x):
+    return x.no_such_thing()
+
+
+@jit
+def _calling_kernel(x_ptr, stride_x, BLOCK: tl.constexpr):
+    tl.store(x_ptr, _wrong_callee(tl.load(x_ptr)))
+
+
+@jit
 def _careful_kernel(x_ptr, y_ptr, stride_x, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + rows, tl.load(x_ptr + row_offset(rows, stride_x)))
@@ -124,3 +134,5 @@ def test_what_does_not_compile_is_named():
         aot.compile_build(aot.Build(specimen, HOPPER, {"when": {}, "BLOCK": 128}))
     with pytest.raises(KernelError, match="'BLOCK'"):
         aot.compile_build(aot.Build(aot.Specimen("bad", _careful_kernel, TYPES), HOPPER, {"when": {}}))
+    with pytest.raises(KernelError, match="(?s)because: .*no_such_thing"):  # the fault lies in a called function
+        made_of(_calling_kernel, 128)
