@@ -39,7 +39,7 @@ TOLERANCE = 1e-4  # largest difference of logits (FP32, of order 1) and of gradi
 GIVE_UP = 3.0  # a backend this many times slower than the best is not tried at greater lengths
 BOUND_BY = {
     "prefill": "the matrix peak, and the softmax's exponentials at long contexts",
-    "decode": "reading the weights and starting some 200 small operations at short contexts, one core's arithmetic on "
+    "decode": "reading the weights and starting some 300 small operations at short contexts, one core's arithmetic on "
     "the cache at long ones",
     "train": "its matrix products, which alone take most of the step, then elementwise traffic",
 }
