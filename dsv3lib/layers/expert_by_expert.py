@@ -36,11 +36,10 @@ def experts_one_by_one(
     return _OneByOne.apply(x, weights, gate_up_proj, down_proj, order, inverse, counts.tolist())
 
 
-def _segments(sizes: list[int], *sorted_rows: Tensor) -> Iterator[tuple[Tensor | int, ...]]:
-    """Each visited expert with its part of every tensor."""
-    for expert, parts in enumerate(zip(*(rows.split(sizes) for rows in sorted_rows), strict=True)):
-        if sizes[expert]:
-            yield expert, *parts
+def _each(sizes: list[int], rows: tuple[Tensor, ...], of_expert: tuple[Tensor, ...]) -> Iterator[tuple]:
+    """For each visited expert its part of every sorted tensor, and its matrix of every stacked one."""
+    parts = zip(*(x.split(sizes) for x in rows), *(x.unbind(0) for x in of_expert), strict=True)
+    return (part for part, size in zip(parts, sizes, strict=True) if size)
 
 
 class _OneByOne(torch.autograd.Function):
@@ -50,10 +49,12 @@ class _OneByOne(torch.autograd.Function):
         g = weights.flatten().index_select(0, order).unsqueeze(1)
         gate_up = x.new_empty(token.numel(), w_in.shape[1])
         y = x.new_empty(token.numel(), x.shape[1])
-        for e, rows, g_e, both, answer in _segments(sizes, token, g, gate_up, y):
-            torch.mm(x.index_select(0, rows), w_in[e].t(), out=both)
-            gate, up = both.chunk(2, -1)
-            torch.mm(F.silu(gate).mul_(up).mul_(g_e), w_out[e].t(), out=answer)
+        sorted_rows = token, g, gate_up, *gate_up.chunk(2, -1), y
+        for rows, g_e, both, gate, up, answer, into, back in _each(
+            sizes, sorted_rows, (w_in.transpose(1, 2), w_out.transpose(1, 2))
+        ):
+            torch.mm(x.index_select(0, rows), into, out=both)
+            torch.mm(F.silu(gate).mul_(up).mul_(g_e), back, out=answer)
         ctx.save_for_backward(x, g, w_in, w_out, gate_up, token, inverse)
         ctx.sizes = sizes
         return _sum_home(y, inverse)
@@ -66,21 +67,23 @@ class _OneByOne(torch.autograd.Function):
             if not size:  # nobody came, nobody writes there
                 grad_in[e].zero_(), grad_out[e].zero_()
         grad_g, grad_rows = torch.empty_like(g), x.new_empty(token.numel(), x.shape[1])
-        for e, rows, g_e, both, to_g, to_x in _segments(ctx.sizes, token, g, gate_up, grad_g, grad_rows):
-            gate, up = both.chunk(2, -1)
+        sorted_rows = token, g, *gate_up.chunk(2, -1), grad_g, grad_rows
+        for rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out in _each(
+            ctx.sizes, sorted_rows, (w_in, w_out, grad_in, grad_out)
+        ):
             open_gate = F.silu(gate)
             hidden = open_gate * up
             answer = grad.index_select(0, rows)  # the answers' gradient
-            grad_hidden = torch.mm(answer, w_out[e])
+            grad_hidden = torch.mm(answer, back)
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
-            torch.mm(answer.t(), hidden.mul_(g_e), out=grad_out[e])
+            torch.mm(answer.t(), hidden.mul_(g_e), out=to_out)
             grad_hidden.mul_(g_e)
-            grad_both = torch.empty_like(both)
+            grad_both = x.new_empty(rows.numel(), gate_up.shape[1])
             to_gate, to_up = grad_both.chunk(2, -1)
             torch.mul(grad_hidden, open_gate, out=to_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
-            torch.mm(grad_both.t(), x.index_select(0, rows), out=grad_in[e])
-            torch.mm(grad_both, w_in[e], out=to_x)
+            torch.mm(grad_both.t(), x.index_select(0, rows), out=to_in)
+            torch.mm(grad_both, into, out=to_x)
         grad_weights = grad_g.view(-1)[inverse]
         return _sum_home(grad_rows, inverse), grad_weights, grad_in, grad_out, None, None, None
 
