@@ -128,16 +128,25 @@ def builds(
                             yield Build(specimen, generation, row)
 
 
+def require_compiler() -> None:
+    """Refuses where nothing can be compiled.
+
+    Raises:
+        KernelError: Triton is missing or interprets.
+    """
+    if not language.INSTALLED:
+        raise KernelError("kernels cannot be compiled: Triton is not installed (it exists for Linux alone)")
+    if dispatch.interpreted():
+        raise KernelError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it and start again")
+
+
 def compile_build(build: Build) -> Compiled:
     """Compile for a generation without a GPU and read the machine code.
 
     Raises:
         KernelError: Triton is missing or interprets; or the kernel does not compile, with the compiler's words.
     """
-    if not language.INSTALLED:
-        raise KernelError("kernels cannot be compiled: Triton is not installed (it exists for Linux alone)")
-    if dispatch.interpreted():
-        raise KernelError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it and start again")
+    require_compiler()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

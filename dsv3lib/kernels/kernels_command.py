@@ -84,6 +84,7 @@ def compile_lines(
     Raises:
         KernelError: Triton is missing, or a kernel does not compile.
     """
+    aot.require_compiler()
     families, generations = tuple(families), tuple(generations)
     count = sum(1 for _ in aot.builds(families, generations))
     workers = min(os.cpu_count() or 1, count)
