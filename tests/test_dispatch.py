@@ -36,6 +36,7 @@ def ask(function, *arguments):
 
 
 def test_a_gpu_without_triton_and_a_gpu_too_old_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(language, "INSTALLED", True)  # on macOS too
     monkeypatch.setattr(dispatch, "capability", lambda device: (7, 5))
     with pytest.raises(KernelError, match=r"compute capability \(7, 5\)"):
         ask(dispatch.on_triton, OnCuda())
@@ -47,6 +48,7 @@ def test_a_gpu_without_triton_and_a_gpu_too_old_are_refused_with_the_way_out(mon
 
 
 def test_a_gpu_takes_the_kernel_and_fp8_only_where_it_exists(monkeypatch):
+    monkeypatch.setattr(language, "INSTALLED", True)
     monkeypatch.setattr(dispatch, "capability", lambda device: (8, 6))
     assert ask(dispatch.on_triton, OnCuda()) and ask(dispatch.available, OnCuda())
     with pytest.raises(KernelError, match="gemm_fp8: cuda:0 .*needs 8.9"):

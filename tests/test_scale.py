@@ -51,6 +51,7 @@ def test_a_kernel_that_does_not_exist_is_named():
 
 
 def test_without_triton_or_interpreted_that_is_said(monkeypatch):
+    monkeypatch.setattr(language, "INSTALLED", True)
     monkeypatch.setattr(dispatch, "interpreted", lambda: True)
     assert compiled(("gate",)) == ("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled.", [])
     monkeypatch.setattr(language, "INSTALLED", False)
