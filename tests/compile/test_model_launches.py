@@ -1,5 +1,7 @@
 """What a small model launches, compiled for Hopper: the interpreter takes shapes that the hardware would refuse."""
 
+from __future__ import annotations
+
 import importlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Every kernel at every setting that ships, compiled with no GPU: does it fit, spill, and use the matrix units?"""
 
+from __future__ import annotations
+
 import re
 from dataclasses import replace
 
