@@ -33,11 +33,8 @@ from dsv3lib.kernels import dispatch, language, tuning
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 LAYER_TOKENS = 4096
-SMALL_MODEL_SIZES = (
-    8,
-    2048,
-    8192,
-)  # sequences and tokens of a training step; context of prefill and decoding
+# Sequences and tokens of a training step; context of prefill and decoding.
+SMALL_MODEL_SIZES = (8, 2048, 8192)
 SMALL_MODEL = {
     "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 512,
     "num_hidden_layers": 8, "first_k_dense_replace": 1, "num_attention_heads": 16, "n_routed_experts": 64,

@@ -1,4 +1,4 @@
-"""A step's matrix products alone: what no arrangement of the work around them can get below.
+"""A step's matrix products alone: what the work around them, however it is arranged, adds to.
 
 Both sides of a training comparison pay for the same products through the same BLAS. They are recorded as the
 step makes them, shapes and strides, and run again with nothing in between: once on operands that stay in the
@@ -36,14 +36,15 @@ class Product:
     right: Layout
 
     @property
-    def out(self) -> tuple[int, ...]:
-        """The result's shape."""
-        return (*self.left[0][:-1], self.right[0][-1])
+    def out(self) -> Layout:
+        """The result's shape and strides."""
+        shape = (*self.left[0][:-1], self.right[0][-1])
+        return shape, torch.empty(shape, device="meta").stride()
 
     @property
     def flops(self) -> int:
         """Multiplications and additions."""
-        return 2 * math.prod(self.out) * self.left[0][-1]
+        return 2 * math.prod(self.out[0]) * self.left[0][-1]
 
 
 class _Recorder(TorchDispatchMode):
@@ -67,18 +68,23 @@ def products_of(step: Callable[[], Any]) -> list[Product]:
     return recorder.products
 
 
+def extent(layout: Layout) -> int:
+    """Values from the first that a layout reaches to the last, those between its rows included."""
+    return 1 + sum((n - 1) * step for n, step in zip(*layout, strict=True))
+
+
 class _Ring:
     """Places for operands, one after the other through one buffer and round again."""
 
     def __init__(self, values: int) -> None:
         self.buffer, self.next = torch.rand(values), 0
 
-    def place(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    def place(self, layout: Layout) -> Tensor:
+        size = extent(layout)
         if self.next + size > self.buffer.numel():
             self.next = 0
         self.next += size
-        return self.buffer[self.next - size : self.next].as_strided(shape, strides)
+        return self.buffer[self.next - size : self.next].as_strided(*layout)
 
 
 def alone(products: list[Product], budget_s: float) -> dict[str, float]:
@@ -90,16 +96,15 @@ def alone(products: list[Product], budget_s: float) -> dict[str, float]:
     Returns:
         ``cached`` (every product on the same three buffers) and ``from_memory`` (each elsewhere in 256 MiB).
     """
-    largest = max(math.prod(p.out) for p in products)
-    largest = max([largest, *(math.prod(shape) for p in products for shape, _ in (p.left, p.right))])
-    same, far = [_Ring(2 * largest) for _ in range(3)], _Ring(max(FROM_MEMORY, 2 * largest))
+    largest = max(extent(layout) for p in products for layout in (p.left, p.right, p.out))
+    same, far = [_Ring(largest) for _ in range(3)], _Ring(max(FROM_MEMORY, largest))
     calls: dict[str, list[Callable[[], Any]]] = {"cached": [], "from_memory": []}
     for p in products:
         for ring in same:
             ring.next = 0
         for name, rings in (("cached", same), ("from_memory", [far] * 3)):
-            left, right = rings[0].place(*p.left), rings[1].place(*p.right)
-            out = rings[2].place(p.out, torch.empty(p.out, device="meta").stride())
+            layouts = (p.left, p.right, p.out)
+            left, right, out = (ring.place(layout) for ring, layout in zip(rings, layouts, strict=True))
             calls[name].append(partial(KINDS[p.kind], left, right, out=out))
 
     def run(name: str) -> None:

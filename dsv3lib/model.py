@@ -139,7 +139,7 @@ class DeepSeekV3(nn.Module):
         valid = None
         if lengths is not None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            valid = positions < lengths.to(input_ids.device)[:, None]
+            valid = positions < lengths.to(input_ids.device, non_blocking=True)[:, None]
         if labels is not None and valid is not None:
             labels = labels.masked_fill(~valid, IGNORED)
         step = self.begin(input_ids, cache, lengths)

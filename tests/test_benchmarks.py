@@ -16,7 +16,7 @@ import measure  # noqa: E402
 import memory  # noqa: E402
 from ours import CONFIG, Ours  # noqa: E402
 from peer import Peer, backends  # noqa: E402
-from products import Product, alone, products_of  # noqa: E402
+from products import Product, alone, extent, products_of  # noqa: E402
 
 SMALL = CONFIG.replace(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -113,8 +113,10 @@ def test_products_are_recorded_as_a_step_makes_them() -> None:
     forward, *backward, batch = products_of(step)
     assert forward == Product("aten::mm", ((3, 5), (5, 1)), ((5, 2), (1, 5)))
     assert [p.flops for p in (forward, *backward, batch)] == [60, 60, 60, 2 * 4 * 3 * 7 * 2]
-    assert batch.out == (4, 3, 2)
-    times = alone([forward, *backward, batch], 0.0)
+    assert batch.out == ((4, 3, 2), (6, 2, 1))
+    (sparse,) = products_of(lambda: torch.zeros(9, 400)[:, ::50] @ torch.zeros(8, 3))
+    assert extent(sparse.left) == 8 * 400 + 7 * 50 + 1, "more than its 72 values"
+    times = alone([forward, *backward, batch, sparse], 0.0)
     assert times.keys() == {"cached", "from_memory"} and min(times.values()) > 0
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from strategies import SEEDS, build, configs, small, tokens, unchecked
 
-from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
+from dsv3lib import DeepSeekV3, LatentCache, ModelConfig, ModelOutput
 from dsv3lib.checkpoint import copies, entries
 from dsv3lib.errors import CacheError, ContextLengthError, Dsv3Error, InputError
 
@@ -190,13 +190,16 @@ def test_ignored_labels_are_no_targets() -> None:
     assert nothing.item() == 0.0
 
 
+def short_beside_long(model: DeepSeekV3) -> tuple[torch.Tensor, ModelOutput, list[ModelOutput]]:
+    """Two rows of which one ends early; the model's output for both together, and for each alone, cut to its length."""
+    ids, lengths = tokens(model.config, 2, 9), torch.tensor([9, 5])
+    rows = [ids[b : b + 1, :n] for b, n in enumerate(lengths.tolist())]
+    return ids, model(ids, labels=ids, lengths=lengths), [model(row, labels=row) for row in rows]
+
+
 def test_padding_is_no_target_and_changes_nothing() -> None:
     """A short row beside a long one gives the logits, and the targets, that it gives alone."""
-    config = small(aux_loss_alpha=0.0)
-    model = build(config, dtype=torch.float64)
-    input_ids = tokens(config, 2, 9)
-    out = model(input_ids, labels=input_ids, lengths=torch.tensor([9, 5]))
-    alone = [model(input_ids[:1], labels=input_ids[:1]), model(input_ids[1:, :5], labels=input_ids[1:, :5])]
+    _, out, alone = short_beside_long(build(small(aux_loss_alpha=0.0), dtype=torch.float64))
     torch.testing.assert_close(out.logits[1, :5], alone[1].logits[0], rtol=0, atol=1e-12)
     for name, targets in (("main", (8, 4)), ("mtp_1", (7, 3))):
         mean = sum(a.losses[name] * n for a, n in zip(alone, targets, strict=True)) / sum(targets)
@@ -205,11 +208,8 @@ def test_padding_is_no_target_and_changes_nothing() -> None:
 
 def test_padding_is_not_counted_and_not_balanced() -> None:
     """Loads and balance loss of a row that ends early are those of the row cut short, in the MTP module too."""
-    config = small(aux_loss_alpha=0.3)
-    model = build(config, dtype=torch.float64)
-    input_ids = tokens(config, 2, 9)
-    out = model(input_ids, labels=input_ids, lengths=torch.tensor([9, 5]))
-    alone = [model(input_ids[:1], labels=input_ids[:1]), model(input_ids[1:, :5], labels=input_ids[1:, :5])]
+    model = build(small(aux_loss_alpha=0.3), dtype=torch.float64)
+    input_ids, out, alone = short_beside_long(model)
     assert torch.equal(out.expert_load, alone[0].expert_load + alone[1].expert_load)
     mean = (alone[0].losses["balance"] + alone[1].losses["balance"]) / 2
     torch.testing.assert_close(out.losses["balance"], mean, rtol=0, atol=1e-12)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-GROUP = 24  # sequences at a time: a block of their scores stays in a core's cache
+GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
 MOST_TOKENS = 1024  # half of T² probabilities per head are kept; beyond this the fused kernel is as quick
 

@@ -5,7 +5,7 @@ arithmetic but *starting* operations, some 200 of them in a layer of the plain f
 reading the weights. Here a token is a NumPy vector in the model's own memory (``token_weights``), which starts
 an operation in a third of a microsecond; a linear layer is one pass over its weights, a norm three operations
 instead of a dozen, the choice of experts Python on a handful of numbers, and nothing is sorted or sent about.
-Everything stays in one thread, because to wake another takes longer than most of these operations. The plain
+The operations of a small model stay in one thread: to wake another takes longer than most of them. The plain
 layers beside this file are the definition; a test holds both equal.
 
 Differs from the plain form: no gradient is kept, and forward hooks on the layers do not fire.
