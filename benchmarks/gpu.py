@@ -29,7 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from dsv3lib import ModelConfig
-from dsv3lib.kernels import dispatch, language, tuning
+from dsv3lib.kernels.toolchain import language, targets, tuning
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 LAYER_TOKENS = 4096
@@ -162,8 +162,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "none: a rehearsal in Triton's interpreter",
-        "capability": list(dispatch.capability(device)) if on_gpu else None,
-        "processors": dispatch.processors(device),
+        "capability": list(targets.capability(device)) if on_gpu else None,
+        "processors": targets.processors(device),
         "torch": torch.__version__,
         "triton": language.triton.__version__,
         "cuda": torch.version.cuda,
@@ -229,7 +229,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the results file")
     chosen = parser.parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not (chosen.rehearse and dispatch.interpreted()):
+    if device.type == "cpu" and not (chosen.rehearse and targets.interpreted()):
         print(
             "no CUDA device: nothing can be measured. `TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse` checks "
             "the kernels at tiny shapes; benchmarks/cpu.py measures this machine.",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
-from dsv3lib.kernels import dispatch
+from dsv3lib.kernels.toolchain import targets
 from dsv3lib.layers.attention import MultiHeadLatentAttention, Step
 from dsv3lib.layers.experts import MixtureOfExperts
 from dsv3lib.layers.rope import RotaryEmbedding
@@ -37,7 +37,7 @@ class Run:
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """Layers take PyTorch's operations, as if Triton were not installed."""
-    with mock.patch.object(dispatch, "available", lambda tensor: False):
+    with mock.patch.object(targets, "available", lambda tensor: False):
         yield
 
 
@@ -81,7 +81,7 @@ def end_to_end(
     caches: dict[bool, LatentCache] = {}
 
     def decode() -> Tensor:
-        way = dispatch.available(prompt)
+        way = targets.available(prompt)
         if way not in caches:
             caches[way] = LatentCache(config)
             model(prompt, cache=caches[way])

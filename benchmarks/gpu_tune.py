@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv3lib import kernels as k
-from dsv3lib.kernels import tuning
+from dsv3lib.kernels.toolchain import tuning
 
 Settings = Mapping[str, Any]
 AGREES = 1e-3

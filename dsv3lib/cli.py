@@ -36,11 +36,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "lab": Command("dsv3lib.course.lab", "open the course in JupyterLab"),
         "doctor": Command("dsv3lib.doctor", "say what this machine has, and what works without the rest"),
-        "train": Command("dsv3lib.training.train_command", "train a small DeepSeek-V3 on real text"),
+        "train": Command("dsv3lib.training.run.command", "train a small DeepSeek-V3 on real text"),
         "watch": Command("dsv3lib.viz.watch_command", "see the experts' load of a run, live in the browser"),
         "generate": Command("dsv3lib.inference.generate_command", "let a trained model write"),
         "kernels": Command(
-            "dsv3lib.kernels.kernels_command", "compile every GPU kernel and say what its code holds"
+            "dsv3lib.kernels.toolchain.command", "compile every GPU kernel and say what its code holds"
         ),
     }
 )

@@ -21,7 +21,7 @@ from . import checkpoint
 from .config import ModelConfig
 from .errors import InputError
 from .inputs import IGNORED, check_inputs
-from .kernels.dispatch import for_layers
+from .kernels.toolchain.targets import for_layers
 from .layers.attention import Step
 from .layers.block import Block
 from .layers.cache import LatentCache

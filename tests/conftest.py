@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from dsv3lib.doctor import find_browser  # noqa: E402
-from dsv3lib.kernels import language  # noqa: E402
+from dsv3lib.kernels.toolchain import language  # noqa: E402
 
 SEED = 0
 ON_CI = os.environ.get("CI") == "true"

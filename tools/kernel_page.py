@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv3lib.files import write_whole
-from dsv3lib.kernels import aot
-from dsv3lib.kernels.kernels_command import Line, line_of
+from dsv3lib.kernels.toolchain import aot
+from dsv3lib.kernels.toolchain.command import Line, line_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"

@@ -28,7 +28,7 @@ def phases() -> dict[str, list[str]]:
     commands = {
         "lint": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
         "unit": [*PYTEST, *PARALLEL, "tests"],
-        "kernels": [*PYTEST, *PARALLEL, "tests/kernels"],
+        "kernels": [*PYTEST, *PARALLEL, "tests/on_triton"],
         "compile": [*PYTEST, "-n", "2", "--dist", "load", "tests/compile"],
     }
     if notebooks:

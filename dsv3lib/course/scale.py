@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CourseError
-from ..kernels import aot, dispatch, language
+from ..kernels.toolchain import aot, language, targets
 from . import card
 
 RESULTS = Path(__file__).resolve().parents[2] / "data" / "results"
@@ -37,7 +37,7 @@ def compiled(builds: tuple[str, ...]) -> tuple[str, list[list[str]]]:
     """A sentence, and a row for each kernel: registers a thread, bytes spilled, shared memory, instruction."""
     if not language.INSTALLED:
         return "Triton exists for Linux alone, so nothing is compiled here; `dsv3 kernels` shows this table there.", []
-    if dispatch.interpreted():
+    if targets.interpreted():
         return "TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled.", []
     shipped = list(aot.builds(generations=("sm_90",)))
     unknown = [name for name in builds if not any(build.name.startswith(name) for build in shipped)]

@@ -21,8 +21,8 @@ from ..config import ModelConfig
 from ..devices import HELP, find_device
 from ..errors import CheckpointError, InputError
 from ..model import DeepSeekV3
-from ..training.run_folder import MODEL_FOLDER
-from ..training.savepoint import latest_savepoint
+from ..training.run.folder import MODEL_FOLDER
+from ..training.run.save_point import latest_savepoint
 from .acceptance import SpeculationStatistics
 from .generate import stream
 from .request import Request

@@ -1,8 +1,16 @@
 """The operations that carry the model's time: Triton kernels, each with a plain PyTorch reference (``*_ref``).
 
-``dispatch`` alone decides who computes; ``docs/kernels.md`` explains each as a lesson.
+``toolchain.targets`` alone decides who computes; ``docs/kernels.md`` explains each as a lesson.
 """
 
+from .attention.latent_format import (
+    dequantize_latent,
+    dequantize_latent_ref,
+    quantize_latent,
+    quantize_latent_ref,
+)
+from .attention.mla_decode import as_pages, mla_decode, mla_decode_ref
+from .attention.mla_prefill import mla_prefill, mla_prefill_ref
 from .elementwise import (
     add_rms_norm,
     add_rms_norm_ref,
@@ -15,15 +23,9 @@ from .elementwise import (
     swiglu,
     swiglu_ref,
 )
-from .fused_quantize import (
-    rms_norm_quantize,
-    rms_norm_quantize_ref,
-    swiglu_quantize,
-    swiglu_quantize_ref,
-)
-from .gemm import dgrad, fprop, gemm_fp8, gemm_fp8_ref, wgrad
-from .grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_gemm_masked_ref, grouped_gemm_ref
-from .grouped_gemm_fp8 import (
+from .matmul.gemm import dgrad, fprop, gemm_fp8, gemm_fp8_ref, wgrad
+from .matmul.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_gemm_masked_ref, grouped_gemm_ref
+from .matmul.grouped_gemm_fp8 import (
     grouped_gemm_fp8,
     grouped_gemm_fp8_masked,
     grouped_gemm_fp8_masked_ref,
@@ -31,16 +33,15 @@ from .grouped_gemm_fp8 import (
     grouped_wgrad_fp8,
     grouped_wgrad_fp8_ref,
 )
-from .latent_format import (
-    dequantize_latent,
-    dequantize_latent_ref,
-    quantize_latent,
-    quantize_latent_ref,
+from .moe.gate_kernel import gate, gate_ref
+from .moe.permutation import permute, permute_ref, unpermute, unpermute_ref
+from .quantize.fused import (
+    rms_norm_quantize,
+    rms_norm_quantize_ref,
+    swiglu_quantize,
+    swiglu_quantize_ref,
 )
-from .mla_decode import as_pages, mla_decode, mla_decode_ref
-from .mla_prefill import mla_prefill, mla_prefill_ref
-from .permutation import permute, permute_ref, unpermute, unpermute_ref
-from .quantize import (
+from .quantize.tiles_and_blocks import (
     dequantize,
     dequantize_ref,
     quantize_blocks,
@@ -51,7 +52,6 @@ from .quantize import (
     quantize_tiles_both_ref,
     quantize_tiles_ref,
 )
-from .routing import gate, gate_ref
 
 __all__ = [
     "add_rms_norm",

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.dispatch import for_layers
-from ..kernels.latent import norm_and_turn
-from ..kernels.rotary import rope
+from ..kernels.elementwise.latent import norm_and_turn
+from ..kernels.elementwise.rotary import rope
+from ..kernels.toolchain.targets import for_layers
 from . import attention_on_kernels as on_kernels
 from .cache import LatentCache
 from .causal_attention import MOST_TOKENS, causal_attention

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..kernels.mla_decode import MOST_NEW, mla_decode
-from ..kernels.mla_prefill import mla_prefill
+from ..kernels.attention.mla_decode import MOST_NEW, mla_decode
+from ..kernels.attention.mla_prefill import mla_prefill
 
 MOST_CALLS = 4  # of the decoding kernel for one call's new tokens; beyond, expanding is the better way
 

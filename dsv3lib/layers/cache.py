@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CacheError, ContextLengthError
-from ..kernels.dispatch import for_layers
-from ..kernels.mla_decode import PAGE, as_pages
+from ..kernels.attention.mla_decode import PAGE, as_pages
+from ..kernels.toolchain.targets import for_layers
 
 
 class LatentCache:

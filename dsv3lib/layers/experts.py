@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.dispatch import for_layers
-from ..kernels.gated import swiglu
-from ..kernels.grouped_gemm import grouped_gemm, grouped_gemm_ref
-from ..kernels.permutation import permute, unpermute
-from ..kernels.placement import place_visits_ref
+from ..kernels.elementwise.gated import swiglu
+from ..kernels.matmul.grouped_gemm import grouped_gemm, grouped_gemm_ref
+from ..kernels.moe.permutation import permute, unpermute
+from ..kernels.moe.placement import place_visits_ref
+from ..kernels.toolchain.targets import for_layers
 from .expert_by_expert import experts_one_by_one
 from .router import Router
 

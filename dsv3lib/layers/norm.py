@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels.dispatch import for_layers
-from ..kernels.norms import add_rms_norm, rms_norm
+from ..kernels.elementwise.norms import add_rms_norm, rms_norm
+from ..kernels.toolchain.targets import for_layers
 
 
 class RMSNorm(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..kernels.dispatch import for_layers
+from ..kernels.toolchain.targets import for_layers
 from .attention import Step, absorbed_is_cheaper
 from .experts import Routing
 from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, TokenWeights

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.dispatch import for_layers
-from ..kernels.routing import best, choose, gate
+from ..kernels.moe.gate_kernel import best, choose, gate
+from ..kernels.toolchain.targets import for_layers
 
 
 def route(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import InputError, TrainingError
-from ..training import runlog
+from ..training.run import log as runlog
 from . import style
 
 MAX_FRAMES = 500

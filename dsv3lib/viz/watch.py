@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import Dsv3Error, TrainingError
-from ..training import runlog
+from ..training.run import log as runlog
 from .expert_load import ExpertLoad
 from .load_history import LoadHistory
 

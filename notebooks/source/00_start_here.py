@@ -198,9 +198,9 @@ live(draw, context=[1024, 4096, 16384, 65536, 131072], start={"context": 16384},
 # translations of JupyterLab into four languages, and arithmetic exercises that are made up as they are needed.
 
 # %%
-from dsv3lib.training.data import PackedStream
-from dsv3lib.training.folder import open_domains
-from dsv3lib.training.tokenizer import default_tokenizer
+from dsv3lib.training.text.data import PackedStream
+from dsv3lib.training.text.folder import open_domains
+from dsv3lib.training.text.tokenizer import default_tokenizer
 
 tokenizer = default_tokenizer()
 domains, _ = open_domains()
@@ -230,8 +230,8 @@ print(f"loss of a model that knows nothing: ln {tiny.vocab_size} = {math.log(tin
 # token further. It has never seen a word.
 
 # %%
-from dsv3lib.training.settings import TrainingConfig
-from dsv3lib.training.trainer import Trainer
+from dsv3lib.training.loop.settings import TrainingConfig
+from dsv3lib.training.loop.trainer import Trainer
 
 model = DeepSeekV3(tiny, torch.Generator().manual_seed(SEED)).to(session.device)
 steps = 6 if FAST else STEPS
@@ -249,7 +249,7 @@ predict(
 
 # %%
 from dsv3lib.course.waiting import bar
-from dsv3lib.training.evaluate import evaluate
+from dsv3lib.training.loop.evaluate import evaluate
 
 before = evaluate(model, stream, batches=1)
 records = []

@@ -627,7 +627,7 @@ at_scale("mla_decode sm_90", "mla_decode_fp8 sm_90", operations=("mla_decode", "
 # The speeds are what this project has measured on a CPU (the file names the date, and holds the machine).
 #
 # The table shows the kernel that decodes on a GPU,
-# [dsv3lib/kernels/mla_decode.py](../dsv3lib/kernels/mla_decode.py), compiled for Hopper while you wait; no GPU is needed for
+# [dsv3lib/kernels/attention/mla_decode.py](../dsv3lib/kernels/attention/mla_decode.py), compiled for Hopper while you wait; no GPU is needed for
 # that. It brings a page of 64 latents into fast memory once and uses it twice, as keys and as values: that is absorption at
 # work. *Rows* are heads times new tokens, *bytes* those of a number; *registers* hold a thread's numbers, *spilled* ones did
 # not fit; *shared* is that fast memory; `wgmma` is Hopper's matrix instruction. With 16

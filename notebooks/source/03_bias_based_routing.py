@@ -45,10 +45,10 @@ session = setup(seed=SEED, notebook="03_bias_based_routing", device=DEVICE)
 import torch
 
 from dsv3lib import DeepSeekV3, ModelConfig
-from dsv3lib.training.data import PackedStream
-from dsv3lib.training.folder import open_domains
-from dsv3lib.training.settings import TrainingConfig
-from dsv3lib.training.tokenizer import default_tokenizer
+from dsv3lib.training.loop.settings import TrainingConfig
+from dsv3lib.training.text.data import PackedStream
+from dsv3lib.training.text.folder import open_domains
+from dsv3lib.training.text.tokenizer import default_tokenizer
 
 tokenizer, (domains, _) = default_tokenizer(), open_domains()
 nano = ModelConfig.preset("nano").replace(num_nextn_predict_layers=0, vocab_size=tokenizer.vocab_size)
@@ -82,7 +82,7 @@ view
 
 # %%
 from dsv3lib.course import bar
-from dsv3lib.training.comparison import compare
+from dsv3lib.training.loop.comparison import compare
 
 
 def train(way, live, **settings):
@@ -158,11 +158,11 @@ def update_by_hand(b, load, gamma):
 # ## The real thing
 #
 # The library's router is [dsv3lib/layers/router.py](../dsv3lib/layers/router.py), the update
-# [dsv3lib/training/balance.py](../dsv3lib/training/balance.py). Same tokens, same choice, same numbers, at V3's own sizes:
+# [dsv3lib/training/loop/balance.py](../dsv3lib/training/loop/balance.py). Same tokens, same choice, same numbers, at V3's own sizes:
 
 # %%
 from dsv3lib.layers.router import route
-from dsv3lib.training.balance import max_violation, update_bias
+from dsv3lib.training.loop.balance import max_violation, update_bias
 
 s = torch.rand(500, v3.n_routed_experts, generator=session.generator)
 b = torch.randn(v3.n_routed_experts, generator=session.generator) * 0.2
@@ -416,7 +416,7 @@ print("replayed from the loads, equal to the bit:", torch.equal(replayed, torch.
 
 # %% [markdown]
 # **"Auxiliary losses are harmless."** The older way to balance is a term in the loss, over each sequence or over the whole batch. It
-# does balance. Train both, all else equal ([dsv3lib/training/comparison.py](../dsv3lib/training/comparison.py); in a terminal:
+# does balance. Train both, all else equal ([dsv3lib/training/loop/comparison.py](../dsv3lib/training/loop/comparison.py); in a terminal:
 # `dsv3 train --steps 300 --balance none sequence batch bias`).
 
 # %%
@@ -461,8 +461,8 @@ assert cosine < 0.5
 # pattern chance makes.
 
 # %%
-from dsv3lib.training.balance import domain_load
-from dsv3lib.training.specialisation import specialisation_test
+from dsv3lib.training.loop.balance import domain_load
+from dsv3lib.training.loop.specialisation import specialisation_test
 
 
 @torch.no_grad()
@@ -518,9 +518,9 @@ at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=mea
 # %% [markdown]
 # Routing itself is a small part of a step, but written in PyTorch it is a dozen launches that each cross memory. On a GPU the
 # gate is one: scores, bias, groups, choice and weights of a token never leave the registers
-# ([routing.py](../dsv3lib/kernels/routing.py)). The rows then go to their experts by counting, without asking the host how
-# many went where ([permutation.py](../dsv3lib/kernels/permutation.py)), and all experts are one product
-# ([grouped_gemm.py](../dsv3lib/kernels/grouped_gemm.py)). The cell compiled them for Hopper just now; the CPU form that you
+# ([routing.py](../dsv3lib/kernels/moe/gate_kernel.py)). The rows then go to their experts by counting, without asking the host how
+# many went where ([permutation.py](../dsv3lib/kernels/moe/permutation.py)), and all experts are one product
+# ([grouped_gemm.py](../dsv3lib/kernels/matmul/grouped_gemm.py)). The cell compiled them for Hopper just now; the CPU form that you
 # trained with is what they are held against.
 #
 # ## Exercises

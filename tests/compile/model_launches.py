@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig, kernels
-from dsv3lib.kernels.aot import LAUNCH_OPTIONS
-from dsv3lib.kernels.language import TensorDescriptor, tl
+from dsv3lib.kernels.toolchain.aot import LAUNCH_OPTIONS
+from dsv3lib.kernels.toolchain.language import TensorDescriptor, tl
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -59,8 +59,8 @@ class Recorded:
 def record() -> set[str]:
     """Training, prefill and decoding of the nano model, in FP32 and in 16 bits."""
     launches: set[str] = set()
-    for found in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+    for found in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(found.name)
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel") and hasattr(kernel, "fn"):
                 setattr(module, name, Recorded(kernel, kernel.fn.__module__, name, launches))

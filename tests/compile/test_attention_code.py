@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dsv3lib.kernels import aot, language
+from dsv3lib.kernels.toolchain import aot, language
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 

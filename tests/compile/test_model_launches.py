@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dsv3lib.kernels import language
-from dsv3lib.kernels.language import jit, tl
+from dsv3lib.kernels.toolchain import language
+from dsv3lib.kernels.toolchain.language import jit, tl
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 

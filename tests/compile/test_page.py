@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3lib.kernels import language
+from dsv3lib.kernels.toolchain import language
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

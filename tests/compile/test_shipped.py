@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from dsv3lib.errors import KernelError
-from dsv3lib.kernels import aot, language, tuning
-from dsv3lib.kernels.language import jit, row_offset, tl
+from dsv3lib.kernels.toolchain import aot, language, tuning
+from dsv3lib.kernels.toolchain.language import jit, row_offset, tl
 
 pytestmark = pytest.mark.skipif(not language.INSTALLED, reason="Triton exists for Linux alone")
 

@@ -1,0 +1,255 @@
+"""Decoupled RoPE on the rotary part of every head's query and on the one shared key, in one launch.
+
+The turn of a pair (a, b) by φ is (a cos φ - b sin φ, a sin φ + b cos φ); neighbours are pairs, as in the released
+checkpoint. All of a query's heads and the token's key turn by the same angles (paper §2.1.1, Eqs. 3 and 8).
+
+The two numbers, for 8192 tokens of V3 in BF16: of each head's 192 dimensions 64 are turned, 134 MB read and 134 MB
+written for 128 heads, and six operations a pair. Memory is the limit. So in place only the rotary parts move;
+where the input must stay as it is, the other 128 dimensions are copied by the same programs, which PyTorch's
+split, turn and cat would move twice. The angles come as the model's table of cosines and sines, 256 bytes a token,
+read from memory once and for the token's other heads from cache.
+
+The gradient is the turn back: the same kernel with the sine's sign reversed.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...errors import KernelError
+from ..quantize.rounding import rounded_to
+from ..toolchain import tuning
+from ..toolchain.aot import Specimen
+from ..toolchain.checks import require_dtype, require_rows, require_shape
+from ..toolchain.language import jit, row_offset, tl, triton
+from ..toolchain.targets import on_device, on_triton
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+MOST_ROWS = 2**31 - 1  # heads of all tokens together: a program counts them in 32 bits
+
+Settings = dict[str, int]
+
+
+def rope(
+    q: Float[Tensor, "*batch H QK"],
+    k_rope: Float[Tensor, "*batch R"],
+    turns: Tensor,
+    inplace: bool = False,
+    settings: Settings | None = None,
+) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"]]:
+    """Turn the last R of each query's QK dimensions, and the shared key (RoPE(·) in Eqs. 3 and 8).
+
+    Differentiable in q and k_rope; FP16 and BF16 are turned in FP32; FP64 goes to the reference.
+
+    Args:
+        q: queries, neighbours are pairs. k_rope: the key of each token.
+        turns: complex numbers e^{iφ} of the last batch dimensions, [T, R/2] or [B, T, R/2], or the same as
+            [..., R/2, 2] of cosines and sines.
+        inplace: write into q and k_rope and return them; only where no gradient is asked for.
+
+    Returns:
+        queries and keys, turned.
+
+    Raises:
+        KernelError: dtypes or shapes that do not fit; in place where a gradient is recorded, or where no view
+            lays the heads in rows.
+    """
+    table = _check(q, k_rope, turns)
+    if inplace and torch.is_grad_enabled() and (q.requires_grad or k_rope.requires_grad):
+        raise KernelError("rope: in place, the gradient would be lost: use inplace=False, or torch.no_grad()")
+    if q.is_meta or q.dtype == torch.float64 or not on_triton(q, k_rope, table):
+        return _ref_in_place(q, k_rope, turns) if inplace else rope_ref(q, k_rope, turns)
+    if inplace:
+        require_rows("rope", "q", q)
+        require_rows("rope", "k_rope", k_rope)
+        try:
+            flat = q.view(-1, *q.shape[-2:]), k_rope.view(-1, k_rope.shape[-1])
+        except RuntimeError as error:
+            raise KernelError(
+                f"rope: q with strides {q.stride()} or k_rope with {k_rope.stride()} is no matrix of tokens, "
+                "expected one for inplace=True: call .contiguous(), or use inplace=False"
+            ) from error
+        _launch(*flat, table, *flat, False, settings)
+        return q, k_rope
+    return _Rope.apply(q, k_rope, table, settings)
+
+
+def rope_ref(
+    q: Float[Tensor, "*batch H QK"], k_rope: Float[Tensor, "*batch R"], turns: Tensor
+) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"]]:
+    """The same in plain PyTorch: split, turn in FP32 (FP64 for FP64), join."""
+    table = _real(turns)
+    nope, rotary = q.split([q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]], -1)
+    return torch.cat([nope, turned_ref(rotary, table[..., None, :, :])], -1), turned_ref(k_rope, table)
+
+
+def turned_ref(
+    x: Float[Tensor, "*batch R"], table: Float[Tensor, "*turns half 2"]
+) -> Float[Tensor, "*batch R"]:
+    """Each pair of x turned by its angle."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _ref_in_place(q: Tensor, k_rope: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    turned_q, turned_k = rope_ref(q, k_rope, turns)
+    return q.copy_(turned_q), k_rope.copy_(turned_k)
+
+
+def _real(turns: Tensor) -> Tensor:
+    return torch.view_as_real(turns) if turns.is_complex() else turns
+
+
+def checked_table(operation: str, turns: Tensor, batch: torch.Size, rotary: int) -> Tensor:
+    """The turns as cosines and sines, side by side.
+
+    Raises:
+        KernelError: they do not fit the rotary width or the last of the batch dimensions, or are no FP32 or FP64.
+    """
+    table = _real(turns)
+    require_dtype(operation, "turns", table, (torch.float32, torch.float64))
+    if rotary % 2 or table.ndim < 2 or table.shape[-2:] != (rotary // 2, 2):
+        raise KernelError(
+            f"{operation}: turns have shape {list(turns.shape)}, expected [..., {rotary // 2}] complex numbers "
+            f"or [..., {rotary // 2}, 2] cosines and sines for {rotary} rotary dimensions, an even number"
+        )
+    own = table.shape[:-2]
+    if len(own) > len(batch) or own != batch[len(batch) - len(own) :]:
+        raise KernelError(
+            f"{operation}: turns are for tokens {list(own)}, expected the last dimensions of {list(batch)}"
+        )
+    return table
+
+
+def _check(q: Tensor, k_rope: Tensor, turns: Tensor) -> Tensor:
+    require_dtype("rope", "q", q, DTYPES)
+    require_dtype("rope", "k_rope", k_rope, (q.dtype,))
+    rotary = k_rope.shape[-1]
+    require_shape("rope", "k_rope", k_rope, (*q.shape[:-2], None))
+    if rotary > q.shape[-1]:
+        raise KernelError(f"rope: q has {q.shape[-1]} dimensions a head, expected at least k_rope's {rotary}")
+    rows = q.shape[:-1].numel()
+    if rows > MOST_ROWS:
+        raise KernelError(
+            f"rope: q has {rows} rows, expected at most {MOST_ROWS}: take fewer tokens at a time"
+        )
+    return checked_table("rope", turns, q.shape[:-2], rotary)
+
+
+def _launch(
+    q: Tensor, k: Tensor, table: Tensor, out_q: Tensor, out_k: Tensor, back: bool, settings: Settings | None
+) -> None:
+    """Turn [N, H, QK] and [N, R]; where the results lie elsewhere, copy what is not turned."""
+    tokens, heads, width = q.shape
+    rotary = k.shape[1]
+    table = table.float().contiguous()
+    if not tokens * rotary:
+        return
+    nope, copy = width - rotary, out_q.data_ptr() != q.data_ptr()
+    row = settings or tuning.pick("rope", q.device, rows=tokens * heads)
+    q_programs, k_programs = (triton.cdiv(n, row["ROWS"]) for n in (tokens * heads, tokens))
+    with on_device(q):
+        rope_kernel[(q_programs + k_programs,)](
+            q, k, table, out_q, out_k, tokens, table.shape[:-2].numel(), q_programs,
+            q.stride(0), q.stride(1), k.stride(0), out_q.stride(0), out_q.stride(1), out_k.stride(0),
+            HEADS=heads, ROTARY=rotary, PAIRS=triton.next_power_of_2(rotary // 2), NOPE=nope,
+            COPIED=triton.next_power_of_2(nope) if copy and nope else 0, BACK=back, **row,
+        )  # fmt: skip
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k_rope, table, settings):
+        ctx.save_for_backward(table)
+        ctx.settings = settings
+        return _elsewhere(q, k_rope, table, False, settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        return *_elsewhere(grad_q, grad_k, *ctx.saved_tensors, True, ctx.settings), None, None
+
+
+def _elsewhere(
+    q: Tensor, k: Tensor, table: Tensor, back: bool, settings: Settings | None
+) -> tuple[Tensor, Tensor]:
+    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    if q.numel() and k.numel():
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        k = k if k.stride(-1) == 1 else k.contiguous()
+        flat = [x.reshape(-1, *x.shape[-2:]) for x in (q, out_q)]
+        keys = [x.reshape(-1, x.shape[-1]) for x in (k, out_k)]
+        _launch(flat[0], keys[0], table, flat[1], keys[1], back, settings)
+    elif q.numel():
+        out_q.copy_(q)
+    return out_q, out_k
+
+
+@jit
+def turn_pairs(x, cosines_sines, BACK: tl.constexpr):
+    """[rows, 2 · pairs] turned by as wide a table, whose pairs are a cosine and a sine; FP32."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    cos, sin = tl.split(tl.reshape(cosines_sines, (x.shape[0], x.shape[1] // 2, 2)))
+    if BACK:
+        sin = -sin
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), x.shape)
+
+
+@jit
+def rope_kernel(
+    q, k, table, out_q, out_k, tokens, period, q_programs,
+    stride_qn, stride_qh, stride_kn, stride_out_qn, stride_out_qh, stride_out_kn,
+    HEADS: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr, NOPE: tl.constexpr,
+    COPIED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS heads of queries a program, as they lie, or ROWS keys. ``period``: after so many tokens turns recur."""
+    column = tl.arange(0, 2 * PAIRS)[None, :]
+    program = tl.program_id(0)
+    if program < q_programs:
+        row = program * ROWS + tl.arange(0, ROWS)
+        token = row // HEADS
+        head = row % HEADS
+        within = token < tokens
+        source = q + (row_offset(token, stride_qn) + row_offset(head, stride_qh))[:, None]
+        target = out_q + (row_offset(token, stride_out_qn) + row_offset(head, stride_out_qh))[:, None]
+        if COPIED:
+            beside = tl.arange(0, COPIED)[None, :]
+            copied = within[:, None] & (beside < NOPE)
+            tl.store(target + beside, tl.load(source + beside, mask=copied), mask=copied)
+        source += NOPE
+        target += NOPE
+    else:
+        token = (program - q_programs) * ROWS + tl.arange(0, ROWS)
+        within = token < tokens
+        source = k + row_offset(token, stride_kn)[:, None]
+        target = out_k + row_offset(token, stride_out_kn)[:, None]
+    inside = within[:, None] & (column < ROTARY)
+    x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    turns = tl.load(table + row_offset(token % period, ROTARY)[:, None] + column, mask=inside, other=0.0)
+    tl.store(target + column, rounded_to(turn_pairs(x, turns, BACK), out_q.dtype.element_ty), mask=inside)
+
+
+def specimens() -> list[Specimen]:
+    """V3's 128 heads of 128 + 64 dimensions, in place and elsewhere, there and back."""
+    made = []
+    for dtype, copied, back in (
+        ("*bf16", 0, False),
+        ("*bf16", 128, False),
+        ("*bf16", 128, True),
+        ("*fp32", 128, False),
+    ):
+        strides = [f"stride_{name}" for name in ("qn", "qh", "kn", "out_qn", "out_qh", "out_kn")]
+        pointers = dict.fromkeys(("q", "k", "out_q", "out_k"), dtype) | {"table": "*fp32"}
+        sizes = dict.fromkeys(("tokens", "period", "q_programs", *strides), "i32")
+        constants = {"HEADS": 128, "ROTARY": 64, "PAIRS": 32, "NOPE": 128, "COPIED": copied, "BACK": back}
+        made.append(Specimen(
+            "rope", rope_kernel, pointers | sizes, lambda row, c=constants: c,
+            f"{dtype[1:]}{' elsewhere' if copied else ' in place'}{' back' if back else ''}",
+            divisible=("tokens", "period", *strides),
+        ))  # fmt: skip
+    return made

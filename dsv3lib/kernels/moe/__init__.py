@@ -1,0 +1,1 @@
+"""Mixture-of-experts kernels: the gate, the permutation of rows to experts and back."""

@@ -1,0 +1,1 @@
+"""What every kernel needs around it: Triton's language, operand checks, targets, tuning, compilation."""

@@ -1,0 +1,1 @@
+"""The training loop: trainer, optimizer, schedules, balance of expert load, evaluation."""

@@ -1,0 +1,338 @@
+"""``dsv3 train``: trains a small DeepSeek-V3 on real text and leaves a model that writes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from ...config import ModelConfig
+from ...devices import HELP, find_device
+from ...errors import ConfigError, DataError
+from ...model import DeepSeekV3
+from ..loop.balance import DEFAULT_SPEED, PAPER_SPEED, WAYS, balance_settings
+from ..loop.comparison import compare, comparison_table
+from ..loop.evaluate import Evaluation
+from ..loop.settings import TrainingConfig
+from ..loop.trainer import Record, Trainer
+from ..text.data import DEFAULT_FIM_RATE, PackedStream
+from ..text.folder import open_domains
+from ..text.tokenizer import Tokenizer, default_tokenizer, train_tokenizer
+from . import folder as run_folder
+
+PRESETS = ("nano", "tiny")
+DEFAULT_MINUTES = 2.0
+DEFAULT_SEQUENCE_LENGTH = 128
+# A run of minutes wants many small steps. Tiny, 100,000 tokens, learning rate 2e-3: validation loss 5.76 with 4
+# sequences a step, 5.84 growing from 2 to 8, 5.86 with 8; with 8, 5.93 at 4e-3.
+DEFAULT_BATCH_SIZE = 4
+EXIT_INTERRUPTED = 130
+_LINES = 12  # how many lines of losses a run prints, about
+_SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS, _TEMPERATURE = 3, 12, 48, 0.7
+# Which of the command's options are fields of TrainingConfig, under the same name.
+_TRAINING_OPTIONS = (
+    "steps", "tokens", "minutes", "seed", "batch_size", "learning_rate", "warmup_steps", "bias_speed",
+    "aux_loss_alpha", "mtp_loss_weight", "checkpoint_every", "validate_every", "threads",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options; those left out have the run's own value, or the default of a new run."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=PRESETS, help="size of the model (tiny)")
+    model.add_argument("--config", metavar="FILE", help="a config.json instead of a preset")
+    model.add_argument("--no-mtp", action="store_true", default=None, help="without the MTP module")
+    length = parser.add_argument_group("length").add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help=f"train so long ({DEFAULT_MINUTES:g})")
+    length.add_argument("--steps", type=int, help="train so many steps")
+    length.add_argument("--tokens", type=int, help="train on so many tokens")
+    text = parser.add_argument_group("text")
+    text.add_argument("--data", metavar="FOLDER", help="your own text instead of the text of this machine")
+    text.add_argument("--without", nargs="+", metavar="DOMAIN", help="built-in domains to leave out")
+    text.add_argument("--seq-len", type=int, help=f"tokens in a sequence ({DEFAULT_SEQUENCE_LENGTH})")
+    text.add_argument(
+        "--fim-rate", type=float, help=f"share of documents told with a hole ({DEFAULT_FIM_RATE})"
+    )
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--batch-size", type=int, help=f"sequences a step ({DEFAULT_BATCH_SIZE})")
+    recipe.add_argument("--learning-rate", type=float, help="the peak")
+    recipe.add_argument("--warmup-steps", type=int, help="steps of linear rise")
+    recipe.add_argument(
+        "--balance", nargs="+", choices=tuple(WAYS), metavar="WAY",
+        help=f"how the experts' load is balanced: {', '.join(WAYS)} (V3's recipe: the bias, and a very weak "
+        "loss beside it); two or more are trained one after the other and compared",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--bias-speed",
+        type=float,
+        help=f"γ of the routers' bias ({DEFAULT_SPEED}; paper: {PAPER_SPEED}); 0: off",
+    )
+    recipe.add_argument("--aux-loss-alpha", type=float, help="α of the balance loss")
+    recipe.add_argument("--mtp-loss-weight", type=float, help="λ of the MTP loss (0.3)")
+    recipe.add_argument("--seed", type=int, help="of weights and text (0)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="RUN", help="folder of the new run (runs/PRESET)")
+    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    run.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="between save points")
+    run.add_argument("--validate-every", type=int, metavar="STEPS", help="between validations (at the end)")
+    run.add_argument("--threads", type=int, help="threads on the CPU")
+    run.add_argument("--device", help=HELP)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the options say.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        Dsv3Error: an option, the text or the run's folder cannot be used; training diverged; the disk is
+        full.
+    """
+    console = Console(soft_wrap=True)
+    if len(args.balance or ()) > 1:
+        return _compare(args, console)
+    trainer = _resumed(args) if args.resume else _begun(args, console)
+    _introduce(console, trainer)
+    end = trainer.run(callbacks=[_Lines(trainer)], progress=sys.stderr.isatty())
+    if end["reason"] == "interrupted":
+        console.print(
+            f"Stopped after step {end['step']}; all is saved. Go on with:\n"
+            f"  dsv3 train --resume {shlex.quote(str(trainer.out))}",
+            highlight=False,
+        )
+        return EXIT_INTERRUPTED
+    if trainer.validation is None and trainer.config.validation_batches:
+        trainer.validate()  # the run was finished before: its model is measured again
+    _conclude(console, trainer)
+    return 0
+
+
+# ---- making the trainer ----------------------------------------------------------------------------------
+
+
+def _begun(args: argparse.Namespace, console: Console) -> Trainer:
+    if args.preset and args.config:
+        raise ConfigError(
+            f"--config: {args.config!r} given beside --preset {args.preset}, expected one of them"
+        )
+    out = Path(args.out or Path("runs") / (args.preset or "tiny"))
+    run_folder.refuse_existing(out)
+    options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
+    if not {"steps", "tokens", "minutes"} & options.keys():
+        options["minutes"] = DEFAULT_MINUTES
+    options.setdefault("batch_size", DEFAULT_BATCH_SIZE)
+    if args.balance:
+        options |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
+    config = TrainingConfig(**options)
+    model, stream, source = _model_and_text(args, config, console)
+    return Trainer(model, stream, config, out=out, source=source)
+
+
+def _model_and_text(
+    args: argparse.Namespace, config: TrainingConfig, console: Console
+) -> tuple[DeepSeekV3, PackedStream, dict[str, Any]]:
+    """A fresh model and a fresh stream of text, as the options say, and where the text came from."""
+    model_config = (
+        ModelConfig.from_json(args.config) if args.config else ModelConfig.preset(args.preset or "tiny")
+    )
+    if args.no_mtp:
+        model_config = model_config.replace(num_nextn_predict_layers=0)
+    data = None if args.data is None else str(Path(args.data).resolve())
+    source = {"data": data, "without": list(args.without or ())}
+    domains, notes = open_domains(data, source["without"])
+    tokenizer = _tokenizer_for(data, domains, model_config.vocab_size, notes)
+    for note in notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+    stream = PackedStream(
+        domains, tokenizer, _or(args.seq_len, DEFAULT_SEQUENCE_LENGTH), seed=config.seed,
+        fim_rate=_or(args.fim_rate, DEFAULT_FIM_RATE),
+    )  # fmt: skip
+    model = _fresh_model(model_config.replace(vocab_size=tokenizer.vocab_size), config.seed, args.device)
+    return model, stream, source
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    """Train once in each way to balance, from the same weights on the same text; each run has its folder."""
+    if args.resume:
+        raise ConfigError("--balance: several ways are compared from the start, not with --resume; name one")
+    if args.minutes is not None or not (args.steps or args.tokens):
+        raise ConfigError(
+            "--balance: runs that are compared must be of equal length; give --steps or --tokens, not --minutes"
+        )
+    options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
+    speed, alpha = options.pop("bias_speed", None), options.pop("aux_loss_alpha", None)
+    out = Path(args.out or Path("runs") / f"{args.preset or 'tiny'}-balance")
+    config = TrainingConfig(**options)
+
+    def fresh() -> tuple[DeepSeekV3, PackedStream, dict[str, Any]]:
+        return _model_and_text(args, config, console)
+
+    ways = list(dict.fromkeys(args.balance))
+    for way in ways:
+        run_folder.refuse_existing(out / way)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def tell(way: str, record: Record) -> None:
+        every = max(1, (config.steps or _LINES) // _LINES)
+        if record["step"] % every == 0 or record["step"] == 1:
+            console.print(
+                f"{way:9} step {record['step']:>5} loss {record['losses']['main']:.3f}  "
+                f"MaxVio {max(record['max_violation'], default=0.0):.2f}", highlight=False,
+            )  # fmt: skip
+
+    outcomes = compare(fresh, config, ways, speed=speed, alpha=alpha, out=out, on_step=tell)
+    console.print(comparison_table(outcomes))
+    console.print(f"The runs are in {out}; look into one with: dsv3 watch {shlex.quote(str(out / ways[-1]))}")
+    return 0
+
+
+def _resumed(args: argparse.Namespace) -> Trainer:
+    """The trainer of a recorded run. Options given again are held against the record by ``Trainer``."""
+    if args.out is not None and Path(args.out) != Path(args.resume):
+        raise ConfigError(f"--out: {args.out!r} given beside --resume {args.resume}, expected one of them")
+    out = Path(args.resume)
+    recorded = run_folder.read_run(out)
+    config, text, source = run_folder.recorded_config(recorded), recorded["stream"], recorded["source"]
+    given = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
+    if {"steps", "tokens", "minutes"} & given.keys():
+        given = {"steps": None, "tokens": None, "minutes": None, **given}
+    if args.balance:
+        given |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
+    config = dataclasses.replace(config, **given)
+    model_config = ModelConfig.from_dict(recorded["model"])
+    if args.preset or args.config:
+        wanted = ModelConfig.from_json(args.config) if args.config else ModelConfig.preset(args.preset)
+        depth = (
+            model_config.num_nextn_predict_layers if args.no_mtp is None else wanted.num_nextn_predict_layers
+        )
+        model_config = wanted.replace(vocab_size=model_config.vocab_size, num_nextn_predict_layers=depth)
+    if args.no_mtp:
+        model_config = model_config.replace(num_nextn_predict_layers=0)
+    # The folder may have been moved since; whether it is the same text is seen by its fingerprint.
+    data = source["data"] if args.data is None else args.data
+    without = source["without"] if args.without is None else args.without
+    domains, _ = open_domains(data, without)
+    stream = PackedStream(
+        domains,
+        Tokenizer.from_pretrained(out / run_folder.TOKENIZER_FOLDER),
+        _or(args.seq_len, text["seq_len"]),
+        seed=config.seed,
+        fim_rate=_or(args.fim_rate, text["fim_rate"]),
+        validation_share=text["validation_share"],
+    )
+    return Trainer(_fresh_model(model_config, config.seed, args.device), stream, config, out=out, resume=True)
+
+
+def _tokenizer_for(data: str | None, domains: list, vocab_size: int, notes: list[str]) -> Tokenizer:
+    """The course's tokenizer; for anybody's own text one trained on it, where it is enough for that."""
+    if data is None:
+        return default_tokenizer()
+    try:
+        return train_tokenizer(domains, vocab_size)
+    except DataError as error:
+        notes.append(f"the course's own tokenizer is used: {error}")
+        return default_tokenizer()
+
+
+def _fresh_model(config: ModelConfig, seed: int, device: str | None) -> DeepSeekV3:
+    where = find_device(device)
+    # Weights are drawn on the CPU: the same seed gives the same model everywhere.
+    return DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).to(where)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+# ---- what is printed -------------------------------------------------------------------------------------
+
+
+def _introduce(console: Console, trainer: Trainer) -> None:
+    counts, config = trainer.model.parameter_counts(), trainer.config
+    length = f"{trainer.total_steps} steps" if trainer.total_steps else f"{config.minutes:g} minutes"
+    console.print(
+        f"DeepSeek-V3, {counts['main'] / 1e6:.1f}M parameters ({counts['active'] / 1e6:.1f}M active a token), "
+        f"MTP {counts['mtp'] / 1e6:.1f}M more, on {trainer.device.type}, {config.threads} threads\n"
+        f"text: {', '.join(trainer.stream.domain_names)}\n"
+        f"{length}, {config.batch_size} x {trainer.stream.seq_len} tokens a step, run folder {trainer.out}",
+        highlight=False,
+    )
+    if trainer.steps_done:
+        console.print(f"resumed after step {trainer.steps_done}", highlight=False)
+
+
+class _Lines:
+    """Prints a line of losses about a dozen times a run, above the progress bar."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._next = trainer.steps_done + 1
+
+    def __call__(self, trainer: Trainer, record: Record) -> None:
+        step, total = record["step"], trainer.total_steps
+        if step < self._next and step != total:
+            return
+        self._next = step + max(1, (total or trainer.config.warmup_steps * _LINES // 2) // _LINES)
+        parts = [f"{name} {value:.3f}" for name, value in record["losses"].items() if name != "balance"]
+        tqdm.write(
+            f"step {step:>5}{f'/{total}' if total else '':6} loss {record['loss']:.3f}  {'  '.join(parts)}  "
+            f"MaxVio {max(record['max_violation'], default=0.0):.2f}  lr {record['learning_rate']:.1e}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+
+
+def _conclude(console: Console, trainer: Trainer) -> None:
+    if trainer.validation is not None and trainer.validation.domains:
+        console.print(validation_table(trainer.validation))
+    for name, prompt, written in samples(trainer):
+        console.print(Text.assemble((f"\n{name}: ", "bold"), (prompt, "dim"), written))
+    model = shlex.quote(str(trainer.out / run_folder.MODEL_FOLDER))
+    console.print(f"\nThe model is in {model}; let it write: dsv3 generate {model}", highlight=False)
+
+
+def validation_table(evaluation: Evaluation) -> Table:
+    """Loss and bits per byte by domain, as a table."""
+    table = Table(title="validation, on documents that training never saw")
+    for heading in ("domain", "loss (nats per token)", "bits per byte", "tokens"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for name, domain in evaluation.domains.items():
+        table.add_row(name, f"{domain.loss:.3f}", f"{domain.bits_per_byte:.3f}", f"{domain.tokens:,}")
+    table.add_row(
+        "all", f"{evaluation.loss:.3f}", "", f"{sum(d.tokens for d in evaluation.domains.values()):,}"
+    )
+    return table
+
+
+def samples(trainer: Trainer) -> list[tuple[str, str, str]]:
+    """What the model writes after the first words of validation documents: (domain, prompt, continuation)."""
+    found, stream = [], trainer.stream
+    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+    for name in stream.domain_names:
+        batches = stream.validation_batches(name, 1, 1)
+        if not batches or len(found) == _SAMPLES:
+            continue
+        prompt = batches[0].input_ids[:, :_PROMPT_TOKENS].to(trainer.device)
+        ids = trainer.model.generate(
+            prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE, generator=generator,
+            stop_tokens=[stream.tokenizer.eos_id],
+        )  # fmt: skip
+        both = ids[0].tolist()
+        found.append(
+            (
+                name,
+                stream.tokenizer.decode(both[:_PROMPT_TOKENS]),
+                stream.tokenizer.decode(both[_PROMPT_TOKENS:]),
+            )
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Training text: domains, tokenizer, document order, packing, fill-in-the-middle."""
