@@ -518,7 +518,7 @@ at_scale("gate training", "permute bf16", "grouped_gemm forward", operations=mea
 # %% [markdown]
 # Routing itself is a small part of a step, but written in PyTorch it is a dozen launches that each cross memory. On a GPU the
 # gate is one: scores, bias, groups, choice and weights of a token never leave the registers
-# ([routing.py](../dsv3lib/kernels/moe/gate_kernel.py)). The rows then go to their experts by counting, without asking the host how
+# ([gate_kernel.py](../dsv3lib/kernels/moe/gate_kernel.py)). The rows then go to their experts by counting, without asking the host how
 # many went where ([permutation.py](../dsv3lib/kernels/moe/permutation.py)), and all experts are one product
 # ([grouped_gemm.py](../dsv3lib/kernels/matmul/grouped_gemm.py)). The cell compiled them for Hopper just now; the CPU form that you
 # trained with is what they are held against.

@@ -1,4 +1,4 @@
-"""Scales, rounding and packing for the kernels that quantise: the same operations as in ``quantize_ref.py``.
+"""Scales, rounding and packing for the kernels that quantise: the same operations as in ``reference.py``.
 
 The two numbers of a tile are its scale and the inverse of that. They are computed once for 128 values, but by
 each thread that needs them: what costs little in a formula costs sixteenfold here, and what calls a subroutine

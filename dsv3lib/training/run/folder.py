@@ -1,7 +1,7 @@
 """The folder of one training run: what the run is, its log, its save points, and what they may be mixed with.
 
     RUN/run.json                   settings of training, model and text; versions; the number of steps
-    RUN/log.jsonl                  one line a step (``runlog.py``)
+    RUN/log.jsonl                  one line a step (``log.py``)
     RUN/tokenizer/                 the tokenizer, where one was given
     RUN/checkpoints/step-…/        save points (``save_point.py``)
     RUN/model/                     the trained model, when the run has ended
