@@ -1,0 +1,1 @@
+"""FP8: formats, recipes, and the study of the accumulator."""
