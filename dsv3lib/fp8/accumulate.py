@@ -1,8 +1,8 @@
 """Hopper's short accumulator, emulated: what its FP8 tensor cores lose, and what promotion to FP32 gives back.
 
-A tensor core takes 32 products at a time and adds them to a register. It does not add floating-point numbers one by one:
-it shifts all 33 terms to the largest exponent among them and adds what is left of them as integers. What is shifted out
-is cut off. On Hopper about 14 bits remain (paper §3.3.2); cut off always towards zero, so where terms have one sign the
+A tensor core takes 32 products at a time and adds them to a register. It does not add floating-point numbers one by
+one: it shifts all 33 terms to the largest exponent among them and adds what is left of them as integers. What is
+shifted out is cut off. On Hopper about 14 bits remain (paper §3.3.2); cut off always towards zero, so where terms have one sign the
 losses do not cancel, and the longer the sum, the larger the register, the more of each new product falls off its end.
 The way out is to copy the register to FP32 and begin anew after every N_C = 128 elements (*promotion*).
 
@@ -39,7 +39,7 @@ def accumulate_fp8(
     exponent among them; after every ``promote_every`` elements C ← C + s in FP32, s ← 0 (paper §3.3.2, Figure 7b).
 
     Args:
-        a: [M, K], b: [N, K]; E4M3, or any dtype that holds its values. K need not divide: the last instruction is short.
+        a, b: [M, K] and [N, K]; E4M3, or any dtype that holds its values. Any K: the last instruction may be short.
         bits: kept below the leading bit of the largest term; 14 for Hopper, 34 and more lose nothing in an instruction.
         promote_every: N_C, a multiple of 32 (the paper's is 128); ``None`` never promotes.
 

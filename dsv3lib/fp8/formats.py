@@ -1,7 +1,7 @@
 """Floating-point formats of eight bits and fewer than sixteen: E4M3, E5M2, E5M6, and the scales' UE8M0.
 
-A format is a number of exponent bits and a number of mantissa bits (paper §3.3.2 trains in E4M3 throughout; §3.3.3 keeps
-one kind of activation in E5M6). Within a *binade* [2^e, 2^(e+1)) its values are equally spaced, 2^(e - mantissa bits)
+A format is a number of exponent bits and a number of mantissa bits (paper §3.3.2 trains in E4M3 throughout; §3.3.3
+keeps one kind of activation in E5M6). Within a *binade* [2^e, 2^(e+1)) its values are equally spaced, 2^(e - mantissa bits)
 apart; below the smallest normal number the spacing stays as it is there, down to zero (*subnormals*). Everything a
 notebook shows about a format follows from these two sentences, so everything here is computed from them.
 """
@@ -140,7 +140,7 @@ def to_ue8m0(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
 def coarsen(stored: Float[Tensor, "*N"], mantissa_bits: int) -> Float[Tensor, "*N"]:
     """E4M3 values with fewer bits of mantissa, still stored as E4M3: what a coarser format would have kept.
 
-    Every value of E4M2 is one of E4M3, so that the same products run on both. Rounded to nearest even, within the range.
+    Every value of E4M2 is one of E4M3, so that the same products run on both. Rounded to nearest even, in range.
 
     Args:
         stored: float8_e4m3fn. mantissa_bits: 0 to 3.

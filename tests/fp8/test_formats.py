@@ -10,7 +10,7 @@ from strategies import SEEDS
 
 from dsv3lib.errors import ConfigError
 from dsv3lib.fp8 import formats as f
-from dsv3lib.kernels.quantize_ref import to_e5m6_ref
+from dsv3lib.kernels.quantize.reference import to_e5m6_ref
 
 EVERY_FP16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
 EVERY_E4M3 = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
