@@ -2,14 +2,16 @@
 
 A tensor core takes 32 products at a time and adds them to a register. It does not add floating-point numbers one by
 one: it shifts all 33 terms to the largest exponent among them and adds what is left of them as integers. What is
-shifted out is cut off. On Hopper about 14 bits remain (paper §3.3.2); cut off always towards zero, so where terms have one sign the
-losses do not cancel, and the longer the sum, the larger the register, the more of each new product falls off its end.
-The way out is to copy the register to FP32 and begin anew after every N_C = 128 elements (*promotion*).
+shifted out is cut off. On Hopper about 14 bits remain (paper §3.3.2); cut off always towards zero, so where terms
+have one sign the losses do not cancel, and the longer the sum, the larger the register, the more of each new
+product falls off its end. The way out is to copy the register to FP32 and begin anew after every N_C = 128 elements
+(*promotion*).
 
 ``bits`` counts the bits kept *below the leading bit of the largest term*: terms are multiples of 2^(e - bits), e the
-largest exponent of a register or product (that of a product being the sum of its factors' exponents). Counted so, 34 is
-the number that the paper names for exact sums: the largest E4M3 exponents sum to 16, the smallest product is 2^-18.
-Between two instructions the register is a floating-point number with ``bits`` bits of mantissa, at most FP32's 23.
+largest exponent of a register or product (that of a product being the sum of its factors' exponents). Counted so,
+34 is the number that the paper names for exact sums: the largest E4M3 exponents sum to 16, the smallest product is
+2^-18. Between two instructions the register is a floating-point number with ``bits`` bits of mantissa, at most
+FP32's 23.
 
 Differs from the hardware: the number and the order of terms are not published. These are the paper's two statements
 made executable, and a figure from this file is one of the model, not one of a GPU.
@@ -40,8 +42,8 @@ def accumulate_fp8(
 
     Args:
         a, b: [M, K] and [N, K]; E4M3, or any dtype that holds its values. Any K: the last instruction may be short.
-        bits: kept below the leading bit of the largest term; 14 for Hopper, 34 and more lose nothing in an instruction.
-        promote_every: N_C, a multiple of 32 (the paper's is 128); ``None`` never promotes.
+        bits: kept below the leading bit of the largest term; 14 for Hopper, 34 and more lose nothing in an
+        instruction. promote_every: N_C, a multiple of 32 (the paper's is 128); ``None`` never promotes.
 
     Returns:
         FP64 [M, N], so that the caller can measure its error.
@@ -73,8 +75,8 @@ def relative_error(
 ) -> Float[Tensor, "M N"]:
     """|got - A Bᵀ| / (|A| |B|ᵀ) in FP64: an error relative to the size of what was summed.
 
-    Relative to the result it would say nothing: where terms of both signs nearly cancel, any error is a large share of
-    the little that is left.
+    Relative to the result it would say nothing: where terms of both signs nearly cancel, any error is a large share
+    of the little that is left.
     """
     a, b = a.double(), b.double()
     size = a.abs() @ b.abs().t()

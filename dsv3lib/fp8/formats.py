@@ -1,9 +1,9 @@
 """Floating-point formats of eight bits and fewer than sixteen: E4M3, E5M2, E5M6, and the scales' UE8M0.
 
 A format is a number of exponent bits and a number of mantissa bits (paper §3.3.2 trains in E4M3 throughout; §3.3.3
-keeps one kind of activation in E5M6). Within a *binade* [2^e, 2^(e+1)) its values are equally spaced, 2^(e - mantissa bits)
-apart; below the smallest normal number the spacing stays as it is there, down to zero (*subnormals*). Everything a
-notebook shows about a format follows from these two sentences, so everything here is computed from them.
+keeps one kind of activation in E5M6). Within a *binade* [2^e, 2^(e+1)) its values are equally spaced, 2^(e -
+mantissa bits) apart; below the smallest normal number the spacing stays as it is there, down to zero
+(*subnormals*). Everything a notebook shows about a format follows from these two sentences, so everything here is computed from them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def spacing(x: Float[Tensor, "*N"], format: FloatFormat) -> Float[Tensor, "*N"]:
 
 
 def round_to(x: Float[Tensor, "*N"], format: FloatFormat) -> Float[Tensor, "*N"]:
-    """The nearest value of the format, of two equally near ones that with an even last bit (IEEE 754, the casts' own).
+    """The nearest value of the format, of two equally near ones that with an even last bit (IEEE 754, the casts'
+    own).
 
     x = sign · n · spacing: rounding n to the nearest even integer is all. What lies beyond the largest value's
     half-step is cast to it or to infinity, as the format says; E4M3's cast *always* saturates here, infinity too,
@@ -155,7 +156,8 @@ def coarsen(stored: Float[Tensor, "*N"], mantissa_bits: int) -> Float[Tensor, "*
 def pack_e5m6(x: Float[Tensor, "*N K"]) -> Tensor:
     """E5M6 values in 12 bits each: two of them in three bytes.
 
-    E5M6 has FP16's exponent and six of its ten bits of mantissa, so a value is the upper twelve bits of its FP16 form.
+    E5M6 has FP16's exponent and six of its ten bits of mantissa, so a value is the upper twelve bits of its FP16
+    form.
 
     Args:
         x: FP16 that holds nothing but values of E5M6; K is even.
