@@ -3,7 +3,8 @@
 A format is a number of exponent bits and a number of mantissa bits (paper §3.3.2 trains in E4M3 throughout; §3.3.3
 keeps one kind of activation in E5M6). Within a *binade* [2^e, 2^(e+1)) its values are equally spaced, 2^(e -
 mantissa bits) apart; below the smallest normal number the spacing stays as it is there, down to zero
-(*subnormals*). Everything a notebook shows about a format follows from these two sentences, so everything here is computed from them.
+(*subnormals*). Everything a notebook shows about a format follows from these two sentences, so everything here is
+computed from them.
 """
 
 from __future__ import annotations
