@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from itertools import combinations
 
 import matplotlib
@@ -150,10 +151,11 @@ def _tiny() -> object:
 
 def test_bundle_holds_picture_and_alt_text() -> None:
     fig, _ = style.figure("One", "x", "y")
-    data, metadata = style.bundle(fig, "An empty frame.")
-    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    data = style.bundle(fig, "An empty frame.", 'Nothing is drawn: "empty" & <small>.')
+    picture = re.search(r'src="data:image/png;base64,([^"]+)"', data["text/html"])
+    assert picture and base64.b64decode(picture.group(1)).startswith(b"\x89PNG")
     assert data["text/plain"] == "Figure: An empty frame."
-    assert metadata["image/png"]["alt"] == "An empty frame."
+    assert 'alt="An empty frame."' in data["text/html"] and "&lt;small&gt;.</figcaption>" in data["text/html"]
 
 
 @pytest.mark.parametrize("function", [style.bundle, style.image_tag, style.show])

@@ -85,9 +85,12 @@ if TYPE_CHECKING:
     from dsv3lib.course.answer import check, exercise, hint, solution
     from dsv3lib.course.card import measured
     from dsv3lib.course.overview import progress
+    from dsv3lib.course.places import data_folder
     from dsv3lib.course.prediction import predict, reveal
     from dsv3lib.course.scale import at_scale
     from dsv3lib.course.session import Session, setup
+    from dsv3lib.course.symbols import symbols
+    from dsv3lib.course.tables import table
     from dsv3lib.course.waiting import bar
 
 __all__ = [
@@ -95,6 +98,7 @@ __all__ = [
     "at_scale",
     "bar",
     "check",
+    "data_folder",
     "exercise",
     "hint",
     "measured",
@@ -103,6 +107,8 @@ __all__ = [
     "reveal",
     "setup",
     "solution",
+    "symbols",
+    "table",
 ]
 
 _HOME = {
@@ -110,6 +116,7 @@ _HOME = {
     "at_scale": "scale",
     "bar": "waiting",
     "check": "answer",
+    "data_folder": "places",
     "exercise": "answer",
     "hint": "answer",
     "measured": "card",
@@ -118,6 +125,8 @@ _HOME = {
     "reveal": "prediction",
     "setup": "session",
     "solution": "answer",
+    "symbols": "symbols",
+    "table": "tables",
 }
 
 

@@ -1,7 +1,10 @@
-"""The learner's side of an exercise: its task, the check, hints one at a time, the folded solution."""
+"""The learner's side of an exercise: its task, the check, hints one at a time, the reference beside the answer."""
 
 from __future__ import annotations
 
+import inspect
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from dsv3lib.course import card
@@ -12,26 +15,43 @@ from dsv3lib.course.task import Exercise
 
 _TITLES = {"right": "Right", "wrong": "Not yet", "open": "Open"}
 _TONES = {"right": "good", "wrong": "bad", "open": "open"}
+_GOES_ON = "The cells below go on with the reference meanwhile."
 
 
 def exercise(key: str) -> None:
-    """Display the task of an exercise: title, difficulty in dots, minutes, what to write."""
+    """Display the task of an exercise: what to write, its specification and picture, difficulty, minutes."""
     asked = find(key)
     title = f"Exercise {asked.id} · {asked.title}"
     effort = f"{asked.rating} · {asked.minutes} minutes"
-    body = card.card("plain", title, card.words(effort), card.words(asked.prompt))
-    card.show(body, f"{title} | {effort}\n{asked.prompt}")
+    blocks, plain = [card.words(effort), card.words(asked.prompt)], [f"{title} | {effort}", asked.prompt]
+    if asked.spec:
+        head = ["name", "shape or type", "what it is"]
+        rows = [[f"`{name}`", f"`{kind}`", meaning] for name, kind, meaning in asked.spec]
+        blocks.append(card.table(head, rows))
+        plain += [f"  {name}: {kind}: {meaning}" for name, kind, meaning in asked.spec]
+    if asked.picture is not None:
+        from dsv3lib.viz import style
+
+        shown = style.bundle(*asked.picture())
+        blocks.append(shown["text/html"])
+        plain.append(shown["text/plain"])
+    card.show(card.card("plain", title, *blocks), "\n".join(plain))
 
 
-def check(key: str, answer: Any = None) -> None:
-    """Judge an answer by what it does, say in words what is wrong, and offer a hint and the solution.
+def check(key: str, answer: Any = None) -> Callable[..., Any]:
+    """Judge an answer by what it does, say in words what is wrong, and return the function to go on with.
 
     Never raises for anything the answer does. An answer that is not there yet (None, ``...``, an empty
-    body) is shown as open.
+    body) is shown as open, and *Run All* goes on::
+
+        cache_bytes = check("mla.1", cache_bytes)      # the learner's own if it is right, else the reference
 
     Args:
         key: the exercise, as in ``"mla.1"``.
         answer: the learner's function, not called.
+
+    Returns:
+        The learner's function if it is right, else the reference.
 
     Raises:
         CourseError: there is no such exercise.
@@ -40,7 +60,11 @@ def check(key: str, answer: Any = None) -> None:
     verdict = judge(asked, answer)
     trouble = _keep(asked, verdict)
     html_text, plain = _verdict_card(asked, verdict, trouble)
-    card.show(html_text, plain, _widget(asked, html_text, verdict.state))
+    right = verdict.state == "right"
+    beside = _beside(asked, answer) if right else ""
+    page = html_text + (beside or _reference(asked, is_open=False))
+    card.show(page, plain, _widget(asked, html_text + beside, right))
+    return answer if right else asked.solution
 
 
 def hint(key: str) -> None:
@@ -52,11 +76,11 @@ def hint(key: str) -> None:
 
 
 def solution(key: str) -> None:
-    """Display the solution of an exercise, folded: Tab to it, Enter unfolds it."""
+    """Display the reference of an exercise, folded: Tab to it, Enter unfolds it."""
     asked = find(key)
     _mark_shown(asked)
-    title = f"Exercise {asked.id}, solution"
-    card.show(_solution_card(asked, is_open=False), f"{title}\n{asked.solution_source()}")
+    title = f"Exercise {asked.id}, reference"
+    card.show(_reference(asked, is_open=False), f"{title}\n{asked.solution_source()}")
 
 
 def _verdict_card(asked: Exercise, verdict: Verdict, trouble: str) -> tuple[str, str]:
@@ -69,6 +93,9 @@ def _verdict_card(asked: Exercise, verdict: Verdict, trouble: str) -> tuple[str,
     if verdict.printed:
         blocks.append(card.words("Your function printed:") + card.code(verdict.printed))
         plain.append(f"Your function printed: {verdict.printed}")
+    if verdict.state != "right":
+        blocks.append(card.words(_GOES_ON))
+        plain.append(_GOES_ON)
     if trouble:
         blocks.append(card.words(trouble))
         plain.append(trouble)
@@ -107,19 +134,36 @@ def _hint_card(asked: Exercise, given: int) -> str:
     return card.card("plain", f"Exercise {asked.id}", lines)
 
 
-def _solution_card(asked: Exercise, is_open: bool) -> str:
-    folded = card.fold("Solution (yours may differ)", card.code(asked.solution_source()), is_open=is_open)
+def _reference(asked: Exercise, is_open: bool) -> str:
+    folded = card.fold(
+        "The reference (write yours first)", card.code(asked.solution_source()), is_open=is_open
+    )
     return card.card("plain", f"Exercise {asked.id}", folded)
 
 
-def _widget(asked: Exercise, verdict_html: str, state: str) -> dict[str, Any]:
+def _beside(asked: Exercise, answer: Any) -> str:
+    """The learner's function and the reference, side by side where there is room."""
+    try:
+        own = textwrap.dedent(inspect.getsource(answer))
+    except (OSError, TypeError):  # typed in where Python keeps no source
+        return _reference(asked, is_open=True)
+    return card.card(
+        "plain",
+        f"Exercise {asked.id}",
+        card.columns(("yours", own), ("the reference", asked.solution_source())),
+    )
+
+
+def _widget(asked: Exercise, verdict_html: str, right: bool) -> dict[str, Any]:
+    """The verdict with its buttons: a hint, and to skip; once right, nothing is left to ask for."""
     import ipywidgets
 
     hint_button = ipywidgets.Button(description="Hint", tooltip=f"Show the next hint for exercise {asked.id}")
-    solution_button = ipywidgets.Button(
-        description="Solution", tooltip=f"Show a solution of exercise {asked.id}"
+    skip_button = ipywidgets.Button(
+        description="Skip: show the reference", tooltip=f"Show the reference of exercise {asked.id}"
     )
-    hints, solved = ipywidgets.HTML(), ipywidgets.HTML()
+    skip_button.layout.width = "auto"
+    hints, shown = ipywidgets.HTML(), ipywidgets.HTML()
 
     def on_hint(_button: Any) -> None:
         given = _next_hint(asked)
@@ -127,13 +171,13 @@ def _widget(asked: Exercise, verdict_html: str, state: str) -> dict[str, Any]:
         if given == len(asked.hints):
             hint_button.description, hint_button.disabled = "No more hints", True
 
-    def on_solution(_button: Any) -> None:
+    def on_skip(_button: Any) -> None:
         _mark_shown(asked)
-        solved.value = _solution_card(asked, is_open=True)
+        shown.value = _reference(asked, is_open=True)
 
     hint_button.on_click(on_hint)
-    solution_button.on_click(on_solution)
-    buttons = [solution_button] if state == "right" else [hint_button, solution_button]
-    box = ipywidgets.VBox([ipywidgets.HTML(verdict_html), ipywidgets.HBox(buttons), hints, solved])
+    skip_button.on_click(on_skip)
+    buttons = [] if right else [ipywidgets.HBox([hint_button, skip_button]), hints, shown]
+    box = ipywidgets.VBox([ipywidgets.HTML(verdict_html), *buttons])
     box.add_class("dsv3-check")
     return card.view_of(box)

@@ -81,18 +81,32 @@ def fold(summary: str, *blocks: str, is_open: bool = False) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table as HTML; the first column names the row."""
+    """Return a table as HTML; the first column names the row. Cells are plain text, as :func:`inline` takes it."""
+    return table_of_html([inline(h) for h in head], [[inline(value) for value in row] for row in rows])
+
+
+def table_of_html(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table whose cells are HTML already."""
     cell = "padding:.15em .9em .15em 0;text-align:left;color:inherit;background:transparent;border:0;"
     rule = "border-bottom:1px solid var(--jp-border-color2, #bdbdbd);"
-    heads = "".join(f'<th scope="col" style="{cell}{rule}">{inline(h)}</th>' for h in head)
+    heads = "".join(f'<th scope="col" style="{cell}{rule}">{h}</th>' for h in head)
     body = "".join(
         '<tr style="background:transparent">'
-        + f'<th scope="row" style="{cell}font-weight:normal">{inline(row[0])}</th>'
-        + "".join(f'<td style="{cell}">{inline(value)}</td>' for value in row[1:])
+        + f'<th scope="row" style="{cell}font-weight:normal">{row[0]}</th>'
+        + "".join(f'<td style="{cell}">{value}</td>' for value in row[1:])
         + "</tr>"
         for row in rows
     )
     return f'<table style="border-collapse:collapse;margin:.4em 0"><tr>{heads}</tr>{body}</table>'
+
+
+def columns(*parts: tuple[str, str]) -> str:
+    """Return pieces of code under their titles, side by side where there is room, else one below the other."""
+    side = "flex:1 1 18em;min-width:0"
+    inner = "".join(
+        f'<div style="{side}"><em>{inline(title)}</em>{code(text)}</div>' for title, text in parts
+    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{inner}</div>'
 
 
 def show(html_text: str, plain: str, view: dict[str, Any] | None = None) -> None:

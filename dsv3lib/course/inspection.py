@@ -18,11 +18,18 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MAX_LINES = 15
 """Lines of a code cell that a reader takes in at once."""
 
+MAX_COLUMNS = 96
+"""Letters of a line of code that stand beside JupyterLab's file browser in a window of 1280 pixels."""
+
+FOLDED = "folded"
+"""Tag of a code cell that JupyterLab shows collapsed."""
+
 _ALT_REACH = 2
 """How many cells away a figure's alt text may stand in Markdown."""
 
 _FOREIGN_PATH = re.compile(r"(?<![\w.:/)+<*\]])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+Users\b")
 _LINK = re.compile(r"\]\(([^)\s#][^)\s]*)\)")
+_TAGS = re.compile(r'<code.*?</code>|src="data:[^"]*"|<[^>]*>', re.DOTALL)
 _INSTALL = re.compile(r"\b(?:pip3?|conda|mamba|uv)\s+(?:pip\s+)?install\b")
 _ALT_MARKDOWN = re.compile(r"(?i)(?:\*\*?|_)?(?:figure|alt(?: text)?)\b[^\n]{15,}|!\[[^\]]{15,}\]")
 
@@ -81,7 +88,8 @@ def metadata_problems(book: NotebookNode) -> list[str]:
     if "version" in book.metadata.get("language_info", {}):
         found.append("the notebook's metadata names the Python version of the machine that ran it")
     for i, cell in enumerate(book.cells):
-        found += [f"cell {i} has metadata {key!r}" for key in sorted(set(cell.metadata) - {"tags"})]
+        known = {"tags", "jupyter"} if FOLDED in cell.metadata.get("tags", []) else {"tags"}
+        found += [f"cell {i} has metadata {key!r}" for key in sorted(set(cell.metadata) - known)]
     gone = [i for i, out in _outputs(book) if WIDGET_VIEW in _data(out)]
     found += [f"cell {i} shows a widget that is gone" for i in gone]
     ids = [cell.get("id") for cell in book.cells]
@@ -102,6 +110,37 @@ def prose_problems(book: NotebookNode) -> list[str]:
         lines = len([line for line in cell.source.splitlines() if line.strip()])
         if cell.cell_type == "code" and lines > MAX_LINES:
             found.append(f"cell {i} has {lines} lines of code, at most {MAX_LINES}")
+    return found
+
+
+def page_problems(book: NotebookNode) -> list[str]:
+    """Lines of code that are cut off beside the file browser, raw Markdown in outputs, views saved while empty."""
+    found = []
+    for i, cell in _code(book):
+        longest = max(map(len, cell.source.splitlines()), default=0)
+        if longest > MAX_COLUMNS:
+            found.append(f"cell {i} has a line of {longest} letters, at most {MAX_COLUMNS}")
+    for i, out in _outputs(book):
+        seen = _TAGS.sub(" ", _text(out))
+        if re.search(r"\*\*\w", seen):
+            found.append(f"cell {i} shows raw ** in its output")
+        if "no step has been recorded yet" in seen:
+            found.append(
+                f"cell {i} saved the view of a run that has not begun: show it in the cell that trains"
+            )
+    return found
+
+
+def caption_problems(book: NotebookNode) -> list[str]:
+    """Figures in HTML whose picture has no alt text or that have no caption for eyes."""
+    found = []
+    for i, out in _outputs(book):
+        page = str(_data(out).get("text/html", ""))
+        for picture in re.findall(r"<img\b[^>]*>", page):
+            if not re.search(r'\balt="[^"]{15,}"', picture):
+                found.append(f"cell {i} shows a picture without an alt text")
+        bare = page.count('<figure class="dsv3-figure"') - page.count('<figcaption class="dsv3-caption"')
+        found += [f"cell {i} shows a figure without a caption"] * max(0, bare)
     return found
 
 

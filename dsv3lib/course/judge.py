@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import linecache
+import re
 import signal
 import textwrap
 import threading
@@ -131,7 +132,38 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-_EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
+_BY_MESSAGE: tuple[tuple[str, str], ...] = (
+    (
+        r"size of tensor|mat1 and mat2|size mismatch|must match|cannot be multiplied|inconsistent tensor size",
+        "the shapes of two tensors do not fit each other",
+    ),
+    (
+        r"einsum\(\)",
+        "the einsum's letters do not fit its tensors: one letter a dimension, and each letter one size",
+    ),
+    (r"shape '.*' is invalid|is invalid for input of size", "a reshape must keep the number of values"),
+    (r"view size is not compatible", "`view` cannot do this to a transposed tensor: `reshape` can"),
+    (r"ambiguous", "a tensor of several values is neither true nor false: compare with `.all()` or `.any()`"),
+    (
+        r"expected .*(?:dtype|scalar type)|same dtype|index.*(?:long|int64)",
+        "two tensors have different dtypes, or one has a dtype that this operation does not take",
+    ),
+    (r"same device|on device|cuda", "tensors lie on different devices"),
+    (
+        r"in-place|inplace|leaf Variable",
+        "an in-place operation changed what the gradient needs: make a new tensor instead",
+    ),
+    (
+        r"does not require grad|requires grad",
+        "the result is cut off from its inputs: `detach`, `item` or `no_grad` on the way",
+    ),
+    (r"selected index k", "`topk` is asked for more values than there are"),
+    (r"out of range|out of bounds", "an index or a dimension is outside its tensor"),
+    (r"not implemented for", "torch has no such operation for this dtype"),
+)
+"""Pattern in torch's message → what it means. What none of them knows stays torch's own sentence."""
+
+_BY_KIND: tuple[tuple[type[BaseException], str], ...] = (
     (RecursionError, "the function calls itself without end"),
     (NameError, "a name is used that was never given a value"),
     (ZeroDivisionError, "something is divided by zero"),
@@ -141,14 +173,16 @@ _EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
     (TypeError, "a value has a type that does not fit there, or a call has the wrong arguments"),
     (MemoryError, "the machine has not enough memory for that tensor"),
     (SystemExit, "the function tried to end the notebook's kernel"),
-    (RuntimeError, "torch refused the operation; shapes that do not fit are the usual reason"),
 )
 
 
 def _in_words(error: BaseException) -> str:
-    meaning = next((text for kind, text in _EXPLANATIONS if isinstance(error, kind)), "")
     message = str(error).strip().split("\n")[0] or "no message"
-    opening = f"Your function raised {type(error).__name__}: {message}."
+    opening = f"Your function raised {type(error).__name__}: {message.rstrip('.')}."
+    meaning = ""
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+        meaning = next((text for pattern, text in _BY_MESSAGE if re.search(pattern, str(error))), "")
+    meaning = meaning or next((text for kind, text in _BY_KIND if isinstance(error, kind)), "")
     return f"{opening} In words: {meaning}." if meaning else opening
 
 

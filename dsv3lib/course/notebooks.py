@@ -25,7 +25,8 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from dsv3lib.course import inspection, pairing, record
+from dsv3lib.course import claims, inspection, minutes, pairing, record
+from dsv3lib.course.syllabus import LESSONS
 from dsv3lib.errors import CourseError, Dsv3Error
 from dsv3lib.files import write_whole
 
@@ -83,6 +84,8 @@ def normalise(book: NotebookNode) -> None:
     for cell in book.cells:
         for key in set(cell.metadata) - {"tags"}:
             del cell.metadata[key]
+        if inspection.FOLDED in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if cell.cell_type == "code":
             cell.outputs = [out for out in (_without_view(one) for one in _joined(cell.outputs)) if out]
 
@@ -140,7 +143,16 @@ def check(root: Path, stem: str) -> list[str]:
     except CourseError as error:
         return [str(error)]
     links = inspection.link_problems(book, path.parent)
-    return pairing.disagreements(source, book) + inspection.problems(book) + links
+    return (
+        pairing.disagreements(source, book) + inspection.problems(book) + links + pattern_problems(book, stem)
+    )
+
+
+def pattern_problems(book: NotebookNode, stem: str) -> list[str]:
+    """Return where a lesson leaves the pattern: its page, captions, claims and minutes."""
+    found = inspection.page_problems(book) + inspection.caption_problems(book) + claims.claim_problems(book)
+    known = any(one.stem == stem for one in LESSONS)
+    return found + (minutes.minutes_problems(book, stem) if known else [])
 
 
 def stems(root: Path) -> list[str]:

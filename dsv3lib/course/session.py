@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
-from dsv3lib.course import card
+from dsv3lib.course import card, folding
 from dsv3lib.course.syllabus import lesson
 from dsv3lib.devices import find_device
 from dsv3lib.errors import CourseError, InputError
 from dsv3lib.viz import style
+from dsv3lib.viz.layer_map import layer_map
 
 _LARGEST_SEED = 2**32 - 1
 
@@ -35,7 +37,10 @@ class Session:
 
 
 def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
-    """Seed everything, set the figures' style, choose the device and say what this machine is.
+    """Seed everything, choose the device, say what this machine is, and draw where in the model the lesson is.
+
+    From here on, a cell that answers a question which nobody has answered yet folds what it shows
+    (``dsv3lib.course.folding``).
 
     Args:
         seed: 0 to 2³² − 1; seeds Python, numpy, torch and the session's own generator.
@@ -50,7 +55,8 @@ def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
         raise CourseError(f"seed is {seed!r}, expected an integer from 0 to {_LARGEST_SEED}")
-    title = lesson(notebook).stem if notebook else "your notebook"
+    row = lesson(notebook) if notebook else None
+    title = row.stem if row else "your notebook"
     try:
         chosen = find_device(device, "device")
     except InputError as error:
@@ -62,6 +68,9 @@ def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
     _use_inline_png()
     print(f"{title} · seed {seed}")
     card.measured(f"This machine: {describe_machine(chosen)}")
+    if row is not None:
+        style.show(*layer_map(row.lit))
+    folding.watch(_shell())
     return Session(seed, chosen, torch.Generator().manual_seed(seed))
 
 
@@ -77,6 +86,11 @@ def describe_machine(device: torch.device) -> str:
         f"{where}; torch computes with {threads} of {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, torch {torch.__version__}."
     )
+
+
+def _shell() -> InteractiveShell | None:
+    """The kernel's shell, or None outside a notebook."""
+    return InteractiveShell.instance() if InteractiveShell.initialized() else None
 
 
 def _use_inline_png() -> None:

@@ -30,9 +30,24 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class WrongAnswer:
-    """A plausible wrong answer, and the misunderstanding it stands for; the tests see it rejected."""
+    """A plausible wrong answer; the tests see it rejected.
+
+    Attributes:
+        why: the misunderstanding that it stands for.
+        function: the answer.
+        says: words that the sentence to the learner must contain, so that the misunderstanding is named.
+    """
 
     why: str
+    function: Callable[..., Any]
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class RightAnswer:
+    """Another natural way to be right than the solution's; the tests see it accepted."""
+
+    how: str
     function: Callable[..., Any]
 
 
@@ -46,11 +61,15 @@ class Exercise:
         dots: difficulty, 1 to 3.
         minutes: what it should take.
         prompt: the task; `` `code` `` is marked, a blank line parts paragraphs.
-        solution: a real function, shown to the learner as its source.
+        solution: the reference: a real function, shown to the learner as its source; later cells of a lesson
+            take it while the learner's own is not there yet.
         checker: raises :class:`Rejected` on a wrong answer.
         hints: from the faintest to the plainest.
         wrong: at least two answers that the checker must reject.
         praise: what a right answer has shown.
+        spec: a row for each argument and for what is returned: name, shape or type, meaning.
+        also_right: other natural ways to be right, which the checker must accept.
+        picture: makes the task's picture, as ``style.show`` takes it: (figure, alt text, caption).
     """
 
     id: str
@@ -63,6 +82,9 @@ class Exercise:
     hints: tuple[str, ...]
     wrong: tuple[WrongAnswer, ...]
     praise: str
+    spec: tuple[tuple[str, str, str], ...] = ()
+    also_right: tuple[RightAnswer, ...] = ()
+    picture: Callable[[], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         lesson, _, number = self.id.partition(".")
@@ -120,6 +142,29 @@ def expect_tensor(got: Any, expected: Tensor, what: str, *, atol: float = 1e-5) 
             f"{what}: the shape is right, but {share:.0%} of the values are off; the worst is at {index}: "
             f"expected {float(target[tuple(index)]):.4g}, yours is {float(values[tuple(index)]):.4g}."
         )
+
+
+def expect_same(got: Any, slips: Mapping[str, Any], *, atol: float = 1e-5) -> None:
+    """Reject an answer that equals what a well-known misunderstanding gives; say nothing about any other.
+
+    Call it before :func:`expect_tensor`, which then speaks of shapes and differences.
+
+    Args:
+        got: what the learner's function returned.
+        slips: what to say → the tensor that the misunderstanding gives.
+        atol: as in :func:`expect_tensor`.
+
+    Raises:
+        Rejected: with that sentence.
+    """
+    if not isinstance(got, Tensor):
+        return
+    for sentence, value in slips.items():
+        if got.shape != value.shape:
+            continue
+        allowed = atol * max(1.0, float(value.abs().max()) if value.numel() else 1.0)
+        if torch.allclose(got.detach().double(), value.detach().double(), rtol=0.0, atol=allowed):
+            raise Rejected(sentence)
 
 
 def expect_number(

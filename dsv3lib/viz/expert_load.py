@@ -264,9 +264,7 @@ class ExpertLoad:
         }
         if not len(self.history):
             return {"text/plain": f"{self.title}: no step has been recorded yet", **data}, {}
-        figure, alt = self.figure()
-        still, metadata = style.bundle(figure, alt)
-        return {**still, **data}, metadata
+        return {**style.bundle(*self.figure()), **data}, {}
 
 
 def heat_map(ax: Any, ratios: np.ndarray, names: Sequence[str], groups: int = 1) -> None:

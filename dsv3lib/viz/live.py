@@ -2,9 +2,9 @@
 
     from dsv3lib.viz.live import live
 
-    def draw(tokens):                       # returns (figure, alt text)
+    def draw(tokens):                       # returns (figure, alt text) or (figure, alt text, caption)
         fig, ax = style.figure(...)
-        return fig, f"..."
+        return fig, f"...", f"..."
 
     live(draw, tokens=range(0, 4097, 256), start={"tokens": 1024})
 
@@ -26,7 +26,7 @@ from dsv3lib.viz import style
 
 
 def live(
-    draw: Callable[..., tuple[Figure, str]],
+    draw: Callable[..., tuple[Figure, str] | tuple[Figure, str, str]],
     /,
     *,
     start: Mapping[str, Any] | None = None,
@@ -36,7 +36,8 @@ def live(
     """Display ``draw(...)`` as a static figure and, where there is a kernel, with one slider a choice.
 
     Args:
-        draw: takes one keyword argument a choice and returns the figure and its alt text; under 200 ms.
+        draw: takes one keyword argument a choice and returns the figure, its alt text and, if it has one, its
+            caption; in under 200 ms.
         start: the value of each choice in the static figure (by default its first).
         labels: what stands beside each slider (by default the choice's name).
         choices: name → the values that the slider steps through, in order.
@@ -48,8 +49,8 @@ def live(
 
     values = {name: list(options) for name, options in choices.items()}
     first = {name: _start(name, options, start or {}) for name, options in values.items()}
-    fig, alt = draw(**first)
-    data, metadata = style.bundle(fig, alt)
+    fig, alt, *said = draw(**first)
+    data = style.bundle(fig, alt, *said)
     sliders = {
         name: ipywidgets.SelectionSlider(
             options=[(str(option), i) for i, option in enumerate(options)],
@@ -62,13 +63,16 @@ def live(
         for name, options in values.items()
     }
     picture = ipywidgets.HTML(style.image_tag(fig, alt))
-    sentence = ipywidgets.HTML(_sentence(alt))
+    sentence = ipywidgets.HTML(_sentence(*said or [alt]))
 
     def redraw(_change: Any) -> None:
         now = {name: values[name][slider.value] for name, slider in sliders.items()}
         try:
-            new_fig, new_alt = draw(**now)
-            picture.value, sentence.value = style.image_tag(new_fig, new_alt), _sentence(new_alt)
+            new_fig, new_alt, *new_said = draw(**now)
+            picture.value, sentence.value = (
+                style.image_tag(new_fig, new_alt),
+                _sentence(*new_said or [new_alt]),
+            )
         except Exception as error:  # a slider must say what went wrong, not fall silent
             sentence.value = _sentence(f"This setting cannot be drawn: {type(error).__name__}: {error}")
 
@@ -77,11 +81,11 @@ def live(
     box = ipywidgets.VBox([*sliders.values(), picture, sentence])
     box.add_class("dsv3-live")
     view = box._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
-    display({**data, "application/vnd.jupyter.widget-view+json": view}, metadata=metadata, raw=True)
+    display({**data, "application/vnd.jupyter.widget-view+json": view}, raw=True)
 
 
-def _sentence(alt: str) -> str:
-    return f'<div class="dsv3-alt" role="status" style="max-width:46em">{html.escape(alt)}</div>'
+def _sentence(words: str) -> str:
+    return f'<div class="dsv3-caption" role="status" style="max-width:46em">{html.escape(words)}</div>'
 
 
 def _start(name: str, options: list[Any], start: Mapping[str, Any]) -> Any:

@@ -23,7 +23,14 @@ How a figure is made and shown::
     fig, ax = style.figure(title="Cache per token", xlabel="context (tokens)", ylabel="cache (MiB)")
     ax.plot(x, y, **style.line("latent"), label="MLA")
     ax.bar(names, sizes, **style.bar("rope"))
-    style.show(fig, alt="The cache grows as a straight line; MLA's line is 71 times flatter than MHA's.")
+    style.show(
+        fig,
+        alt="Two straight lines that start at 0; the one labelled MLA stays close to the axis.",
+        caption="Both grow with the context. What differs is the slope: one latent a token, or all heads' keys.",
+    )
+
+The caption is for eyes: what to look at, and what follows from it. The alt text is for readers who do not see the
+picture: what is where. Each does its own work, so neither repeats the other.
 """
 
 from __future__ import annotations
@@ -250,44 +257,61 @@ def png(fig: Figure, dpi: int = _PIXEL_DPI) -> bytes:
     return buffer.getvalue()
 
 
-def image_tag(fig: Figure, alt: str) -> str:
-    """Return the figure as an HTML ``<img>`` with its alt text, for a widget that redraws it."""
-    data = base64.b64encode(png(fig, _SCREEN_DPI)).decode("ascii")
+def image_tag(fig: Figure, alt: str, dpi: int = _SCREEN_DPI) -> str:
+    """Return the figure as an HTML ``<img>`` with its alt text."""
+    data = base64.b64encode(png(fig, dpi)).decode("ascii")
     return (
         f'<img alt="{html.escape(_stated(alt), quote=True)}" src="data:image/png;base64,{data}" '
         f'width="{_shown_width(fig)}" style="max-width:100%;height:auto">'
     )
 
 
-def bundle(fig: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the figure as Jupyter's (data, metadata): the picture, and the alt text in both."""
-    data = {"image/png": base64.b64encode(png(fig)).decode("ascii"), "text/plain": f"Figure: {_stated(alt)}"}
-    return data, {"image/png": {"alt": alt, "width": _shown_width(fig)}}
+def caption_tag(caption: str) -> str:
+    """Return a caption as HTML: the sentence under a picture."""
+    return (
+        '<figcaption class="dsv3-caption" style="margin:.2em 0 .6em 0;max-width:46em;text-align:left">'
+        f"{html.escape(caption, quote=False)}</figcaption>"
+    )
 
 
-def show(fig: Figure, alt: str) -> None:
-    """Display the figure with its alt text, for a page without a kernel, a screen reader and a terminal.
+def bundle(fig: Figure, alt: str, caption: str = "") -> dict[str, str]:
+    """Return the figure as Jupyter's data: HTML with the picture, its alt text and its caption, and the words.
 
-    The sentence is put under the picture too, because not every front end hands an image's alt text on.
+    The picture goes as HTML and not as ``image/png`` because JupyterLab and the export to HTML drop the alt text
+    of the latter, whatever its metadata say.
+    """
+    under = caption_tag(caption) if caption else ""
+    picture = image_tag(fig, alt, _PIXEL_DPI)
+    words = f"Figure: {alt}" + (f"\n{caption}" if caption else "")
+    return {
+        "text/html": f'<figure class="dsv3-figure" style="margin:0">{picture}{under}</figure>',
+        "text/plain": words,
+    }
+
+
+def show(fig: Figure, alt: str, caption: str = "") -> None:
+    """Display the figure with its alt text and its caption, on a page without a kernel too.
+
+    What a function of ``viz`` returns is handed on with a star: ``style.show(*layer_map(lit))``.
 
     Args:
         fig: from :func:`figure`.
         alt: what the picture shows, in one or two sentences that a reader who cannot see it can use. Name
             shapes and order, not measured values: the sentence is compared when the notebook is tested.
+        caption: for eyes: what to look at, and what follows from it.
 
     Raises:
-        CourseError: the alt text is empty.
+        CourseError: the alt text is empty, or the caption only repeats it.
     """
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
-    data, metadata = bundle(fig, alt)
+    if caption and caption.strip() == alt.strip():
+        raise CourseError("the caption repeats the alt text: say in it what to look at and what follows")
     if not InteractiveShell.initialized():  # a plain Python session shows no pictures
-        print(data["text/plain"])
+        print("\n".join(part for part in (f"Figure: {_stated(alt)}", caption) if part))
         return
-    display(data, metadata=metadata, raw=True)
-    caption = f'<p class="dsv3-alt" style="margin:0 0 .6em 0;max-width:46em">{html.escape(alt)}</p>'
-    display({"text/html": caption, "text/plain": alt}, raw=True)
+    display(bundle(fig, alt, caption), raw=True)
 
 
 def _shown_width(fig: Figure) -> int:

@@ -483,3 +483,76 @@ def test_public_names_load_when_asked_for() -> None:
     assert all(callable(getattr(course, name)) for name in course.__all__)
     with pytest.raises(AttributeError, match="no attribute 'teach'"):
         course.teach  # noqa: B018
+
+
+# --- the idea is the learner's; what goes on is right ---------------------------------------------------------
+
+
+def test_check_returns_what_later_cells_use(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = find("mla.1").solution
+
+    def own(layers: int, kv_rank: int, rope_dim: int, width: int) -> int:
+        return layers * width * (rope_dim + kv_rank)
+
+    assert course.check("mla.1", own) is own
+    assert "reference meanwhile" not in capsys.readouterr().out
+    for not_yet in (None, lambda *a: 1, lambda *a: 1 / 0):
+        assert course.check("mla.1", not_yet) is reference
+        assert "The cells below go on with the reference meanwhile." in capsys.readouterr().out
+
+
+def test_a_right_answer_stands_beside_the_reference_and_an_open_one_folds_it(tmp_path: Path) -> None:
+    from dsv3lib.course import answer
+
+    module = lesson_module(tmp_path, "def cache_bytes(n, c, r, b):\n    return (c + r) * n * b  # mine\n")
+    beside = answer._beside(find("mla.1"), module.cache_bytes)
+    assert beside.index("# mine") < beside.index("the reference") < beside.index("def cache_bytes(layers")
+    assert "<details" not in beside
+    assert "<details style" in answer._reference(find("mla.1"), is_open=False), "folded on the page"
+
+
+def test_exercise_shows_specification_and_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from dsv3lib.course import answer
+    from dsv3lib.viz.layer_map import layer_map
+
+    one = replace(find("mla.1"), spec=(("kv_rank", "int", "width of the latent"),), picture=layer_map)
+    monkeypatch.setattr(answer, "find", lambda key: one)
+    course.exercise("mla.1")
+    out = capsys.readouterr().out
+    assert "  kv_rank: int: width of the latent" in out and "Figure: A row of boxes" in out
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("torch.ones(2, 3) @ torch.ones(2, 3)", "In words: the shapes of two tensors do not fit each other."),
+        ("torch.ones(2).double() @ torch.ones(2)", "In words: two tensors have different dtypes"),
+        ("torch.ones(6).reshape(4, 2)", "In words: a reshape must keep the number of values."),
+        ("torch.ones(2, 3).T.view(6)", "In words: `view` cannot do this to a transposed tensor"),
+        ("torch.einsum('ab,bc->ac', torch.ones(2, 3), torch.ones(4, 2))", "In words: the einsum's letters"),
+        ("bool(torch.ones(2) > 0)", "In words: a tensor of several values is neither true nor false"),
+        ("torch.ones(1).backward()", "In words: the result is cut off from its inputs"),
+        ("torch.ones(2, requires_grad=True).add_(1)", "In words: an in-place operation changed"),
+        ("torch.ones(3).topk(5)", "In words: `topk` is asked for more values than there are."),
+        ("(_ for _ in ()).throw(RuntimeError('a rare thing'))", "RuntimeError: a rare thing."),
+    ],
+)
+def test_torchs_refusals_are_not_all_about_shapes(tmp_path: Path, body: str, expected: str) -> None:
+    module = lesson_module(tmp_path, f"import torch\ndef f(*a):\n    return {body}\n")
+    text = judge(find("mla.1"), module.f).text
+    assert expected in text
+    assert text.endswith("a rare thing.") or "In words" in text
+
+
+def test_a_slip_is_named_by_the_value_it_gives() -> None:
+    from dsv3lib.course.task import expect_same
+
+    slips = {"the transpose": torch.arange(6.0).reshape(3, 2), "twice": torch.arange(6.0).reshape(2, 3) * 2}
+    with pytest.raises(Rejected, match="twice"):
+        expect_same(2 * torch.arange(6).reshape(2, 3), slips)
+    for other in (None, 3, torch.zeros(1), torch.arange(6.0).reshape(2, 3)):
+        expect_same(other, slips)

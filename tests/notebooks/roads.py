@@ -56,7 +56,9 @@ def with_parameters(path: Path, out: Path, seconds: int = 300, **parameters: obj
     known = papermill.inspect_notebook(str(path))
     unknown = sorted(set(parameters) - set(known))
     if unknown:
-        raise UnknownParameter(f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+        raise UnknownParameter(
+            f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}"
+        )
     former = dict(os.environ)
     os.environ.update(environment(out.parent))
     try:

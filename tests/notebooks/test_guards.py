@@ -155,7 +155,9 @@ ERROR = nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[])
 PICTURE = nbformat.v4.new_output("display_data", {"image/png": "iVBO"})
 VIEW = nbformat.v4.new_output("display_data", {inspection.WIDGET_VIEW: {"model_id": "1"}})
 HELD = {"state": {"1": {"state": {"outputs": [dict(ERROR)]}}}}
-MAGIC = nbformat.v4.new_output("stream", name="stderr", text="UsageError: Line magic function `%x` not found.")
+MAGIC = nbformat.v4.new_output(
+    "stream", name="stderr", text="UsageError: Line magic function `%x` not found."
+)
 
 BREAKS: dict[str, tuple[Callable[[NotebookNode], object], Callable[[NotebookNode], list[str]], str]] = {
     "stripped counts": (strip_counts, inspection.execution_problems, "was never executed"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lessons import PARAMETERS, ROOT, STEMS, bounds, notebook
+from lessons import PARAMETERS, ROOT, STEMS, TO_BRING_TO_THE_PATTERN, bounds, notebook
 
-from dsv3lib.course import inspection, pairing
+from dsv3lib.course import inspection, notebooks, pairing
 from dsv3lib.course.exercises import of_lesson
 from dsv3lib.course.syllabus import LESSONS, lesson
 
@@ -49,6 +49,12 @@ def test_cell_ids_stay_when_the_notebook_is_made_again(stem: str) -> None:
 )
 def test_notebook_is_in_order(stem: str, examine: object) -> None:
     assert examine(pairing.read_notebook(notebook(stem))) == []
+
+
+@each_lesson
+def test_lesson_keeps_to_the_pattern(stem: str) -> None:
+    if stem not in TO_BRING_TO_THE_PATTERN:
+        assert notebooks.pattern_problems(pairing.read_notebook(notebook(stem)), stem) == []
 
 
 @each_lesson

@@ -1,12 +1,22 @@
-"""The exercises, one file a lesson; found by their id."""
+"""The exercises, one file a lesson, named by the lesson's short name; found by their id."""
 
 from __future__ import annotations
 
-from dsv3lib.course.exercises import mla, routing, start
+from importlib import import_module
+from importlib.util import find_spec
+
+from dsv3lib.course.syllabus import LESSONS
 from dsv3lib.course.task import Exercise
 from dsv3lib.errors import CourseError
 
-ALL: tuple[Exercise, ...] = (*start.EXERCISES, *mla.EXERCISES, *routing.EXERCISES)
+
+def _of_file(short: str) -> tuple[Exercise, ...]:
+    """The exercises of one file of this folder, or none where a lesson is not written yet."""
+    name = f"{__name__}.{short}"
+    return import_module(name).EXERCISES if find_spec(name) is not None else ()
+
+
+ALL: tuple[Exercise, ...] = tuple(one for lesson in LESSONS for one in _of_file(lesson.short))
 """Every exercise of the course, in order."""
 
 
