@@ -1,5 +1,6 @@
-"""The wheel: built from what git tracks, installed outside the clone, and used there with nothing of the clone in reach."""
+"""The wheel: built from what git tracks, installed outside the clone, used with nothing of the clone in reach."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,8 +64,9 @@ def test_the_wheel_holds_the_library_and_the_course_and_no_tests(wheel):
         assert needed in names
     assert any(name.endswith("share/dsv3lib/notebooks/00_start_here.ipynb") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
-    tracked_modules = {str(p.relative_to(ROOT)) for p in tracked() if p.suffix == ".py" and p.is_relative_to(ROOT / "dsv3lib")}
-    assert tracked_modules <= set(names), sorted(tracked_modules - set(names))
+    modules = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "dsv3lib")}
+    modules = {name for name in modules if name.endswith(".py")}
+    assert modules <= set(names), sorted(modules - set(names))
 
 
 def test_the_model_works_where_only_the_wheel_is(elsewhere):
@@ -85,12 +87,12 @@ print(dsv3lib.__file__)
 def test_the_doctor_runs_there(elsewhere):
     done = run(elsewhere, "dsv3", "doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert '"dsv3lib"' in done.stdout
+    assert {"Python", "torch"} <= {line["name"] for line in json.loads(done.stdout)}
 
 
 def test_the_lab_finds_the_course_that_the_wheel_brought(elsewhere):
     done = run(elsewhere, "dsv3", "lab", "--help")
     assert done.returncode == 0 and "--language" in done.stdout, done.stderr
-    code = "from pathlib import Path; from dsv3lib.course.lab import INSTALLED, FIRST; assert (INSTALLED / FIRST).is_file()"
+    code = "from dsv3lib.course.lab import INSTALLED, FIRST; assert (INSTALLED / FIRST).is_file()"
     done = run(elsewhere, "python", "-c", code)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_multiple, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, to_e4m3, triton
 from ..toolchain.targets import on_device, on_triton, require_fp8
@@ -239,26 +238,3 @@ def _rounded(x, T: tl.constexpr):
     if T == tl.bfloat16:
         return to_bf16(x)
     return x.to(T)
-
-
-def specimens() -> list[Specimen]:
-    """Both directions at V3's sizes."""
-    sizes = {"C": 512, "R": 64, "BLOCK_T": 4, "BLOCK_R": 64}
-    parts = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "rope_ptr": "*bf16", "n_rows": "i32"}
-    return [
-        Specimen(
-            "quantize_latent",
-            quantize_latent_kernel,
-            {"x_ptr": "*bf16", "stride_x": "i32", **parts},
-            lambda row: sizes,
-            fp8=True,
-            divisible=("stride_x",),
-        ),
-        Specimen(
-            "dequantize_latent",
-            dequantize_latent_kernel,
-            {"out_ptr": "*bf16", **parts},
-            lambda row: sizes,
-            fp8=True,
-        ),
-    ]

@@ -7,10 +7,6 @@ largest grows, the old sums shrink by exp2(m - new).
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.language import jit, row_offset, tl
 from .latent_format import latent_columns
 from .tiles import unknown
@@ -235,63 +231,3 @@ def mla_decode_join_kernel(
     acc = acc / total
     tl.store(out_ptr + row_offset(row, C) + c, acc.to(out_ptr.dtype.element_ty), mask=c < C)
     tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), shift + tl.log(total)))
-
-
-def specimens() -> list[Specimen]:
-    """V3's sizes in BF16 and with the FP8 cache, the smallest model's in FP32, and the joining of splits."""
-    common = {
-        "table_ptr": "*i32", "lengths_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32",
-        **{name: "i32" for name in ("batch", "new", "heads", "stride_q_batch", "stride_q_row", "stride_table")},
-    }  # fmt: skip
-    sizes = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "PAGE_TOKENS": PAGE}
-    missing = {"scales_ptr": None, "FP8": False}
-    no_copies = {"latent_desc": None, "rope_desc": None}
-    descriptors = {
-        "latent_desc": "tensordesc<bf16[BLOCK_N, BLOCK_C]>", "rope_desc": "tensordesc<bf16[BLOCK_N, BLOCK_R]>",
-    }  # fmt: skip
-    half = {"q_ptr": "*bf16", "latent_ptr": "*bf16", "rope_ptr": "*bf16", **common}
-    single = {"q_ptr": "*fp32", "latent_ptr": "*fp32", "rope_ptr": "*fp32", "out_ptr": "*fp32", **common}
-    stored = {
-        "q_ptr": "*bf16",
-        "latent_ptr": "*fp8e4nv",
-        "rope_ptr": "*bf16",
-        "scales_ptr": "*fp32",
-        **common,
-    }
-    stored_descriptors = {**descriptors, "latent_desc": "tensordesc<fp8e4nv[BLOCK_N, BLOCK_C]>"}
-
-    def two_bytes(row: tuning.Row) -> bool:
-        return row["when"].get("bytes") == [2, 2]
-
-    def constants(row: tuning.Row) -> dict[str, Any]:
-        return sizes | missing | ({} if row["TMA"] else no_copies)
-
-    divisible = ("stride_q_batch", "stride_q_row")
-    found = []
-    for variant, kind in (("", "*bf16"), ("split", "*fp32")):
-        found += [
-            Specimen(
-                "mla_decode", mla_decode_kernel, {**half, **descriptors, "out_ptr": kind}, constants, variant,
-                matrix="bf16", rows=two_bytes, divisible=divisible,
-            ),
-            Specimen(
-                "mla_decode_fp8", mla_decode_kernel, {**stored, **stored_descriptors, "out_ptr": kind},
-                lambda row: {**sizes, "FP8": True, **({} if row["TMA"] else no_copies)}, variant,
-                matrix="bf16", fp8=True, rows=two_bytes, divisible=divisible,
-            ),
-        ]  # fmt: skip
-    small = {"C": 32, "R": 8, "BLOCK_C": 32, "BLOCK_R": 16, "PAGE_TOKENS": PAGE}
-    found.append(
-        Specimen(
-            "mla_decode", mla_decode_kernel, single, lambda row: {**small, **missing, **no_copies}, "fp32 small",
-            rows=lambda row: not two_bytes(row),
-        )
-    )  # fmt: skip
-    join = {"parts_ptr": "*fp32", "parts_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    found.append(
-        Specimen(
-            "mla_decode_join", mla_decode_join_kernel, {**join, "rows": "i32", "splits": "i32"},
-            lambda row: {"C": 512, "BLOCK_C": 512, "BLOCK_S": MOST_SPLITS},
-        )
-    )  # fmt: skip
-    return found

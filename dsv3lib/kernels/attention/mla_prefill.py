@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
@@ -38,8 +37,6 @@ from .tiles import (
     bounds,
     load_rows,
     load_tile,
-    operand_constants,
-    operand_types,
     store_rows,
     tile_number,
 )
@@ -255,23 +252,3 @@ def mla_prefill_kernel(
     tl.store(lse_ptr + row_offset(head, n_queries) + row, lse, mask=row < n_queries)
     width = tl.num_programs(1) * DV
     store_rows(out_ptr + head * DV, acc / total[:, None], row, n_queries, width, DV, BLOCK_V)
-
-
-def specimens() -> list[Specimen]:
-    """V3's sizes in BF16, the rotary key shared or not, and the smallest model's in FP32; then backward's."""
-    found = []
-    for variant, single in (("", False), ("fp32 small", True)):
-        kind = "*fp32" if single else "*bf16"
-        types = {"q1_ptr": kind, "out_ptr": kind, "lse_ptr": "*fp32", "from_ptr": "*i32", "to_ptr": "*i32"}
-        names = ("k1", "k2", "v")
-        found.append(
-            Specimen(
-                "mla_prefill", mla_prefill_kernel,
-                {**types, **operand_types(names, "BLOCK_N", single), "n_queries": "i32", "n_keys": "i32",
-                 "scale": "fp32", "stride_q1t": "i32", "stride_q1h": "i32"},
-                operand_constants(names, single), variant, matrix=None if single else "bf16",
-                rows=lambda row, single=single: (row["when"].get("bytes") == [2, 2]) != single,
-                divisible=() if single else tuple(f"stride_{n}{x}" for n in ("q1", *names) for x in "th"),
-            )
-        )  # fmt: skip
-    return found + mla_prefill_backward.specimens()

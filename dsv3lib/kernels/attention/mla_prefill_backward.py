@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device
 from .spans import Spans
@@ -26,8 +25,6 @@ from .tiles import (
     bounds,
     load_rows,
     load_tile,
-    operand_constants,
-    operand_types,
     store_rows,
     tile_number,
     unknown,
@@ -262,44 +259,3 @@ def mla_prefill_dkv_kernel(
             dk2_ptr + row_offset(head, stride_dk2h), dk2 * scale, row, n_keys, stride_dk2t, D2, BLOCK_2
         )
     store_rows(dv_ptr + head * DV, dv, row, n_keys, tl.num_programs(1) * DV, DV, BLOCK_V)
-
-
-def specimens() -> list[Specimen]:
-    """V3's sizes in BF16 and the smallest model's in FP32."""
-    found = []
-    for variant, single in (("", False), ("fp32 small", True)):
-        kind, matrix = ("*fp32", None) if single else ("*bf16", "bf16")
-        scalars = {"scale": "fp32", "scale_log2": "fp32", "n_queries": "i32", "n_keys": "i32"}
-        types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "from_ptr": "*i32", "to_ptr": "*i32", **scalars}
-
-        def rows(row: tuning.Row, single: bool = single) -> bool:
-            return (row["when"].get("bytes") == [2, 2]) != single
-
-        def strides(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(f"stride_{name}{x}" for name in names for x in "th")
-
-        held = {f"{n}_ptr": kind for n in (*KEYS, "dk1", "dk2", "dv")}
-        held_strides = dict.fromkeys(strides((*KEYS, "dk1", "dk2")), "i32")
-        found += [
-            Specimen(
-                "mla_prefill_dq", mla_prefill_dq_kernel,
-                {**types, **operand_types(KEYS, "BLOCK_N", single), "q1_ptr": kind, "grad_ptr": kind, "dq_ptr": kind,
-                 **dict.fromkeys(strides(("q1",)), "i32")},
-                operand_constants(KEYS, single), variant, matrix, rows=rows,
-                divisible=() if single else strides(("q1", *KEYS)),
-            ),
-            Specimen(
-                "mla_prefill_dkv", mla_prefill_dkv_kernel,
-                {**types, **held, **held_strides, **operand_types(QUERIES, "BLOCK_M", single)},
-                operand_constants(QUERIES, single), variant, matrix, rows=rows,
-                divisible=() if single else strides((*KEYS, *QUERIES, "dk1", "dk2")),
-            ),
-        ]  # fmt: skip
-    found.append(
-        Specimen(
-            "mla_prefill_delta", mla_prefill_delta_kernel,
-            {"out_ptr": "*bf16", "grad_ptr": "*bf16", "delta_ptr": "*fp32", "n_queries": "i32"},
-            lambda row: {"DV": 128, "BLOCK_V": 128},
-        )
-    )  # fmt: skip
-    return found

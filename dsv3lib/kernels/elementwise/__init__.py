@@ -7,8 +7,6 @@ saves a pass: see ``norms``, ``rotary``, ``gated`` and ``latent``.
 
 from __future__ import annotations
 
-from ..toolchain.aot import Specimen
-from . import gated, latent, norms, rotary
 from .gated import swiglu, swiglu_ref
 from .latent import norm_and_turn, norm_and_turn_ref
 from .norms import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -26,8 +24,3 @@ __all__ = [
     "swiglu",
     "swiglu_ref",
 ]
-
-
-def specimens() -> list[Specimen]:
-    """All of them."""
-    return [made for family in (norms, rotary, gated, latent) for made in family.specimens()]

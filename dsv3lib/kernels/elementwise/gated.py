@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from ..quantize.rounding import rounded_to, widened
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_multiple
 from ..toolchain.language import INTERPRETED, jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
@@ -152,18 +151,3 @@ def swiglu_backward_kernel(
     target = grad_both + row_offset(row, 2 * I)[:, None] + column
     tl.store(target, rounded_to(g * up * slope, grad_both.dtype.element_ty), mask=inside)
     tl.store(target + I, rounded_to(g * activated, grad_both.dtype.element_ty), mask=inside)
-
-
-def specimens() -> list[Specimen]:
-    """Experts' hidden layers."""
-    made = []
-    for dtype in ("*bf16", "*fp32"):
-        sizes = {"M": "i32", "I": "i32", "stride_x": "i32"}
-        forward = {"gate_up": dtype, "out": dtype} | sizes
-        backward = {"gate_up": dtype, "grad_both": dtype, "grad": dtype, "stride_grad": "i32"} | sizes
-        even = ("M", "I", "stride_x")
-        made.append(Specimen("swiglu", swiglu_kernel, forward, variant=dtype[1:], divisible=even))
-        made.append(Specimen(
-            "swiglu_backward", swiglu_backward_kernel, backward, variant=dtype[1:], divisible=(*even, "stride_grad")
-        ))  # fmt: skip
-    return made

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from ...errors import KernelError
 from ..quantize.rounding import rounded_to
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton, processors
@@ -90,7 +89,7 @@ class _NormAndTurn(torch.autograd.Function):
         with on_device(x):
             norm_and_turn_kernel[(triton.cdiv(m, row["ROWS"]),)](
                 rows, weight.contiguous(), table, out, inverse_rms, m, table.shape[:-2].numel(), rows.stride(0), eps,
-                **_widths(c, x.shape[-1] - c), **row,
+                **widths(c, x.shape[-1] - c), **row,
             )  # fmt: skip
         ctx.save_for_backward(rows, weight, table, inverse_rms)
         return out
@@ -110,12 +109,12 @@ class _NormAndTurn(torch.autograd.Function):
             norm_and_turn_backward_kernel[(programs,)](
                 grad, rows, weight.contiguous(), table, inverse_rms, grad_x, parts, m,
                 table.shape[:-2].numel(), grad.stride(0), rows.stride(0),
-                **_widths(c, shape[-1] - c), **options,
+                **widths(c, shape[-1] - c), **options,
             )  # fmt: skip
         return grad_x, parts.sum(0).to(weight.dtype), None, None, None
 
 
-def _widths(c: int, rotary: int) -> dict[str, int]:
+def widths(c: int, rotary: int) -> dict[str, int]:
     pairs = triton.next_power_of_2(rotary // 2)
     return {"C": c, "WIDTH": triton.next_power_of_2(c), "ROTARY": rotary, "PAIRS": pairs}
 
@@ -176,21 +175,3 @@ def norm_and_turn_backward_kernel(
         back = rounded_to(turn_pairs(g, turns, True), grad_x.dtype.element_ty)
         tl.store(target + C + pair, back, mask=inside)
     tl.store(parts + row_offset(tl.program_id(0), C) + along, tl.sum(part, 0)[None, :], mask=along < C)
-
-
-def specimens() -> list[Specimen]:
-    """V3's latent of 512 and 64."""
-    made = []
-    for dtype in ("*bf16", "*fp32"):
-        pointers = dict.fromkeys(("x", "weight", "out", "grad", "grad_x"), dtype)
-        pointers |= dict.fromkeys(("table", "inverse_rms", "parts"), "*fp32")
-        sizes = dict.fromkeys(("M", "period", "stride_x", "stride_grad"), "i32") | {"eps": "fp32"}
-        for operation, kernel in (
-            ("norm_and_turn", norm_and_turn_kernel),
-            ("norm_and_turn_backward", norm_and_turn_backward_kernel),
-        ):
-            made.append(Specimen(
-                operation, kernel, pointers | sizes, lambda row: _widths(512, 64), dtype[1:],
-                divisible=("M", "period", "stride_x", "stride_grad"),
-            ))  # fmt: skip
-    return made

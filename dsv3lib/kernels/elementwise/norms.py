@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from ..quantize.rounding import rounded_to
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton, processors
@@ -224,32 +223,3 @@ def meant_for(row: tuning.Row, n: int, taken: int = 0) -> bool:
     low, high = bounds.get("N", (WIDE, n))
     least, most = bounds.get("bytes", (taken, taken))
     return low <= n <= high and least <= taken <= most
-
-
-def specimens() -> list[Specimen]:
-    """The norms of V3: the latents' widths 512 and 1536, and the model's 7168."""
-    made = []
-    for n in (512, 1536, 7168):
-        for dtype, add in (("*bf16", False), ("*bf16", True), ("*fp32", False)):
-            width = {"WIDTH": triton.next_power_of_2(n), "ADD": add}
-            taken = width["WIDTH"] * (4 if dtype == "*fp32" else 2)
-            sizes = {"M": "i32", "N": "i32", "stride_x": "i32"}
-            pointers = dict.fromkeys(
-                ("x", "weight", "residual", "y", "total", "grad", "extra", "grad_x"), dtype
-            )
-            pointers |= {"inverse_rms": "*fp32", "parts": "*fp32"} | sizes
-            variant = f"{n} {dtype[1:]}{' with residual' if add else ''}"
-            for operation, kernel, more in (
-                ("rms_norm", rms_norm_kernel, {"stride_residual": "i32", "eps": "fp32"}),
-                (
-                    "rms_norm_backward",
-                    rms_norm_backward_kernel,
-                    {"stride_grad": "i32", "stride_extra": "i32"},
-                ),
-            ):
-                made.append(Specimen(
-                    operation, kernel, pointers | more, lambda row, w=width: w, variant,
-                    rows=lambda row, n=n, taken=taken: meant_for(row, n, taken),
-                    divisible=("M", "N", *(name for name in (*sizes, *more) if "stride" in name)),
-                ))  # fmt: skip
-    return made

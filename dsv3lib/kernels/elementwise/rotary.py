@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from ...errors import KernelError
 from ..quantize.rounding import rounded_to
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
@@ -232,24 +231,3 @@ def rope_kernel(
     x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     turns = tl.load(table + row_offset(token % period, ROTARY)[:, None] + column, mask=inside, other=0.0)
     tl.store(target + column, rounded_to(turn_pairs(x, turns, BACK), out_q.dtype.element_ty), mask=inside)
-
-
-def specimens() -> list[Specimen]:
-    """V3's 128 heads of 128 + 64 dimensions, in place and elsewhere, there and back."""
-    made = []
-    for dtype, copied, back in (
-        ("*bf16", 0, False),
-        ("*bf16", 128, False),
-        ("*bf16", 128, True),
-        ("*fp32", 128, False),
-    ):
-        strides = [f"stride_{name}" for name in ("qn", "qh", "kn", "out_qn", "out_qh", "out_kn")]
-        pointers = dict.fromkeys(("q", "k", "out_q", "out_k"), dtype) | {"table": "*fp32"}
-        sizes = dict.fromkeys(("tokens", "period", "q_programs", *strides), "i32")
-        constants = {"HEADS": 128, "ROTARY": 64, "PAIRS": 32, "NOPE": 128, "COPIED": copied, "BACK": back}
-        made.append(Specimen(
-            "rope", rope_kernel, pointers | sizes, lambda row, c=constants: c,
-            f"{dtype[1:]}{' elsewhere' if copied else ' in place'}{' back' if back else ''}",
-            divisible=("tokens", "period", *strides),
-        ))  # fmt: skip
-    return made

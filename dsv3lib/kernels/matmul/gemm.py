@@ -29,11 +29,9 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_aligned, require_dtype, require_multiple, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
-from . import gemm_few_rows
 from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
 from .gemm_few_rows import launch_few_rows
 
@@ -233,31 +231,3 @@ def _launch(a, a_scales, b, b_scales, c, tiled: bool, add: bool, settings: dict[
         a.shape[0], b.shape[0], a.shape[1], *a_scales.stride(), *b_scales.stride(), programs,
         TILED=tiled, ADD=add, **settings,
     )  # fmt: skip
-
-
-def specimens() -> list[Specimen]:
-    """Every way in which these kernels are called."""
-    sizes = dict.fromkeys(("M", "N", "K", "stride_am", "stride_ak", "stride_bn", "stride_bk"), "i32")
-    inputs = {"a": "tensordesc<fp8e4nv[BLOCK_M, 128]>", "b": "tensordesc<fp8e4nv[BLOCK_N, 128]>"}
-    common = {**inputs, "a_scales": "*fp32", "b_scales": "*fp32", **sizes}
-    fp8: dict[str, Any] = {"matrix": "fp8", "fp8": True}
-
-    def large(variant: str, kind: str, tiled: bool, add: bool) -> Specimen:
-        arguments = {**common, "c": f"tensordesc<{kind}[BLOCK_M, BLOCK_N]>", "programs": "i32"}
-        takes = "TILED" if tiled else "OUT" if kind == "fp32" else ""
-        return Specimen(
-            "gemm_fp8", gemm_fp8_kernel, arguments, lambda row: {"TILED": tiled, "ADD": add}, variant,
-            rows=lambda row: not row["FEW_ROWS"] and _bound(row) == takes, divisible=("N", "K"), **fp8,
-        )  # fmt: skip
-
-    return [
-        large("bf16", "bf16", tiled=False, add=False),
-        large("fp32", "fp32", tiled=False, add=False),
-        large("tiles x tiles, added", "fp32", tiled=True, add=True),
-        *gemm_few_rows.specimens(common),
-    ]
-
-
-def _bound(row: tuning.Row) -> str:
-    """Which of the outputs a row is for: "TILED", "OUT" (FP32), or "" (BF16)."""
-    return next((name for name in ("TILED", "OUT") if name in row["when"]), "")

@@ -12,14 +12,12 @@ of them as of weights, a 128 x 256 tile half as many: hence two halves that shar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import processors
 from .fp8_slices import TILE, describe, promote
@@ -122,27 +120,3 @@ def sum_of_parts_kernel(parts, c, size, count, BLOCK: tl.constexpr, ADD: tl.cons
         total += tl.load(parts + at, mask=inside, other=0.0)
         parts += size.to(tl.int64)
     tl.store(c + at, total if c.dtype.element_ty == tl.float32 else to_bf16(total), mask=inside)
-
-
-def specimens(common: Mapping[str, str]) -> list[Specimen]:
-    """These kernels, given the types of the arguments that all FP8 products share."""
-
-    def few_rows(variant: str, kind: str) -> Specimen:
-        extra = {"out": kind, "stride_part": "i64", "stride_out": "i32", "part_slices": "i32"}
-        return Specimen(
-            "gemm_fp8", gemm_fp8_few_rows_kernel, common | extra, lambda row: {"TILED": False}, variant,
-            rows=lambda row: bool(row["FEW_ROWS"]),
-            divisible=("N", "K", "stride_part", "stride_out"), matrix="fp8", fp8=True,
-        )  # fmt: skip
-
-    return [
-        few_rows("few rows", "*bf16"),
-        few_rows("few rows, split K", "*fp32"),
-        Specimen(
-            "sum_of_parts",
-            sum_of_parts_kernel,
-            {"parts": "*fp32", "c": "*bf16", "size": "i32", "count": "i32"},
-            lambda row: {"ADD": False},
-            divisible=("size",),
-        ),
-    ]

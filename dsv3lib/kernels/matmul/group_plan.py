@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..toolchain.aot import Specimen
 from ..toolchain.language import jit, tl, triton
 
 FIELDS = 3  # of a tile in the plan: its group, its first row, the row after the group's last
@@ -75,15 +74,3 @@ def make_plan(counts: Tensor, rows: int, capacity: int | None, block_m: int) -> 
 def padded(groups: int) -> int:
     """The next power of two that has room for the groups and the rows after the last."""
     return triton.next_power_of_2(groups + 1)
-
-
-def specimens() -> list[Specimen]:
-    """The plan of 256 experts in both layouts."""
-    arguments = {"counts": "*i64", "plan": "*i32", "groups": "i32", "rows": "i32", "capacity": "i32"}
-    return [
-        Specimen(
-            "group_plan", plan_kernel, arguments,
-            lambda row, masked=masked: {"BLOCK_M": 128, "GROUPS": 512, "MASKED": masked}, variant,
-        )
-        for variant, masked in (("contiguous", False), ("masked", True))
-    ]  # fmt: skip

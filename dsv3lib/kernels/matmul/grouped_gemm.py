@@ -26,11 +26,9 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import ALIGNMENT, require_dtype, require_shape
 from ..toolchain.language import INTERPRETED, TensorDescriptor, jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors
-from . import group_plan
 from .fp8_slices import place
 from .group_plan import make_plan, padded, rows_of_groups
 
@@ -335,46 +333,3 @@ def _sixteen_bits_aligned(*tensors: Tensor) -> bool:
         and all(s > 0 and s * t.element_size() % ALIGNMENT == 0 for s in t.stride()[:-1])
         for t in tensors
     )
-
-
-def specimens() -> list[Specimen]:
-    """Every way in which these kernels are called."""
-    strides = dict.fromkeys(("stride_xm", "stride_bg", "stride_bn", "stride_bk", "stride_om"), "i32")
-    sizes = dict.fromkeys(("tiles_m", "groups", "N", "K", "programs"), "i32")
-    fast = ("N", "K", *strides)
-
-    def rows(variant: str, kind: str, tma: bool, along_n: bool = False, aligned: bool = True) -> Specimen:
-        block = "1, BLOCK_K, BLOCK_N" if along_n else "1, BLOCK_N, BLOCK_K"
-        inputs = {"x": f"*{kind}", "matrices": f"*{kind}"}
-        if tma:
-            inputs = {
-                "x": f"tensordesc<{kind}[BLOCK_M, BLOCK_K]>",
-                "matrices": f"tensordesc<{kind}[{block}]>",
-            }
-        side = {"stride_bn" if along_n else "stride_bk": 1} if aligned else {}
-        return Specimen(
-            "grouped_gemm", grouped_rows_kernel, {**inputs, "out": f"*{kind}", "plan": "*i32", **sizes, **strides},
-            lambda row: {"ALONG_N": along_n, **side}, variant, matrix="bf16" if aligned else None,
-            rows=lambda row: bool(row["TMA"]) == tma and ("ALIGNED" in row["when"]) != aligned,
-            divisible=fast if aligned else (),
-        )  # fmt: skip
-
-    def weight(variant: str, kind: str, aligned: bool = True) -> Specimen:
-        own = dict.fromkeys(("M", "capacity", "stride_ym", "stride_og", "stride_on"), "i32")
-        arguments = dict.fromkeys(("dy", "x", "out"), f"*{kind}") | {"counts": "*i64"} | sizes | strides | own
-        return Specimen(
-            "grouped_gemm_weight", grouped_weight_kernel, arguments, lambda row: {"GROUPS": 512, "MASKED": False},
-            variant, matrix="bf16" if aligned else None, rows=lambda row: ("ALIGNED" in row["when"]) != aligned,
-            divisible=(*fast, *own) if aligned else (),
-        )  # fmt: skip
-
-    return [
-        *(rows(f"{way}{' TMA' if tma else ''}", "bf16", tma, way == "dx")
-          for way in ("forward", "dx") for tma in (True, False)),
-        rows("any strides", "bf16", tma=False, aligned=False),
-        rows("fp32", "fp32", tma=False, aligned=False),
-        weight("dW", "bf16"),
-        weight("dW, any strides", "bf16", aligned=False),
-        weight("dW, fp32", "fp32", aligned=False),
-        *group_plan.specimens(),
-    ]  # fmt: skip

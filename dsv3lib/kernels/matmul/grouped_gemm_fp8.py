@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_aligned, require_dtype, require_multiple, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
@@ -302,27 +301,3 @@ def _launch(
             len(plan), groups, n, k, *a_scales.stride(), *b_scales.stride(), out.stride(0), programs, **chosen,
         )  # fmt: skip
     return out
-
-
-def specimens() -> list[Specimen]:
-    """Every way in which these kernels are called."""
-    inputs = {"a": "tensordesc<fp8e4nv[BLOCK_M, 128]>", "b": "tensordesc<fp8e4nv[BLOCK_N, 128]>"}
-    inputs |= {"a_scales": "*fp32", "b_scales": "*fp32"}
-    sizes = dict.fromkeys(("groups", "N", "K", "stride_am", "stride_ak", "stride_bn", "stride_bk"), "i32")
-    rows = {"plan": "*i32", "tiles_m": "i32", "stride_bg": "i32", "stride_om": "i32", "programs": "i32"}
-    weight = {"counts": "*i64", "tokens": "i32", "stride_og": "i32", "stride_on": "i32"}
-    fp8: dict[str, Any] = {"matrix": "fp8", "fp8": True}
-    return [
-        Specimen(
-            "grouped_gemm_fp8", grouped_fp8_kernel, {**inputs, **sizes, **rows, "out": "*bf16"},
-            divisible=("N", "K", "stride_om"), **fp8,
-        ),
-        *(
-            Specimen(
-                "grouped_wgrad_fp8", grouped_wgrad_fp8_kernel, {**inputs, **sizes, **weight, "out": "*fp32"},
-                lambda row, add=add: {"GROUPS": 512, "ADD": add}, "added" if add else "",
-                divisible=("N", "K", "tokens", "stride_og", "stride_on"), **fp8,
-            )
-            for add in (False, True)
-        ),
-    ]  # fmt: skip

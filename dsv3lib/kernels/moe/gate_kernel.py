@@ -29,11 +29,9 @@ from torch import Tensor
 
 from ...errors import InputError, KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
-from . import permutation
 
 # ---- the operation -----------------------------------------------------------------------------------------
 
@@ -331,36 +329,3 @@ def gate_backward_kernel(
                 g_k = (tl.load(grad_weights_ptr + few + k) - shared) * inverse
                 d += tl.where(expert == tl.load(indices_ptr + few + k).to(tl.int32), g_k, 0.0)
             tl.store(grad_logits_ptr + dense, d * s * (1.0 - s), mask=real)
-
-
-def specimens() -> list[Specimen]:
-    """V3's gate, in training and in inference, and an odd one; with them what moves the tokens it has chosen for."""
-    v3 = {"N_GROUP": 8, "GROUP": 32, "TOPK_GROUP": 4, "TOP_K": 8, "G_PAD": 8, "S_PAD": 32, "K_PAD": 8}
-    odd = {"N_GROUP": 1, "GROUP": 72, "TOPK_GROUP": 1, "TOP_K": 6, "G_PAD": 1, "S_PAD": 128, "K_PAD": 8}
-    forward = {
-        "logits_ptr": "*fp32", "bias_ptr": "*fp32", "indices_ptr": "*i64", "weights_ptr": "*fp32",
-        "scores_ptr": "*fp32", "stride_logits": "i32", "n_tokens": "i32", "scale": "fp32",
-    }  # fmt: skip
-    backward = {
-        "kept_ptr": "*fp32", "indices_ptr": "*i64", "grad_weights_ptr": "*fp32", "grad_scores_ptr": "*fp32",
-        "grad_logits_ptr": "*fp32", "stride_kept": "i32", "n_tokens": "i32", "n_experts": "i32", "scale": "fp32",
-    }  # fmt: skip
-    found = [
-        Specimen(
-            "gate", gate_kernel, forward,
-            lambda row, sizes=sizes, scores=scores: {**sizes, "NORMALIZE": True, "WITH_SCORES": scores},
-            variant, divisible=("stride_logits",) if sizes is v3 else (),
-        )
-        for variant, sizes, scores in (("training", v3, True), ("inference", v3, False), ("72 experts", odd, True))
-    ]  # fmt: skip
-    for variant, scores in (("", False), ("with the balance loss", True)):
-        constants = {
-            "TOP_K": 8, "NORMALIZE": True, "FROM_SCORES": True, "WITH_SCORES": scores, "E_PAD": 256,
-        }  # fmt: skip
-        found.append(
-            Specimen(
-                "gate_backward", gate_backward_kernel, backward, lambda row, c=constants: c, variant,
-                divisible=("stride_kept", "n_experts"),
-            )
-        )  # fmt: skip
-    return found + permutation.specimens()

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton
@@ -239,41 +238,3 @@ def narrowed(x, pointer):
     """FP32 to what a pointer points to, to nearest even."""
     kind: tl.constexpr = pointer.dtype.element_ty
     return to_bf16(x) if kind == tl.bfloat16 else x.to(kind)
-
-
-def specimens() -> list[Specimen]:
-    """V3's 256 experts of width 7168: BF16 rows, and E4M3 where they are only carried."""
-    found = placement.specimens()
-    for kind in ("bf16", "u8"):
-        arguments = {
-            "x_ptr": f"*{kind}", "positions_ptr": "*i64", "rows_ptr": f"*{kind}", "stride_x": "i32", "width": "i32",
-        }  # fmt: skip
-        found.append(
-            Specimen(
-                "permute", permute_kernel, arguments, lambda row: {"VISITS": 8}, kind,
-                divisible=("stride_x", "width"),
-            )
-        )  # fmt: skip
-    gather = {
-        "y_ptr": "*bf16", "weights_ptr": "*fp32", "positions_ptr": "*i64", "out_ptr": "*bf16", "stride_y": "i32",
-        "width": "i32",
-    }  # fmt: skip
-    for variant, weighted in (("weighted", True), ("sum", False)):
-        constants = {"VISITS": 8, "WEIGHTED": weighted}
-        found.append(
-            Specimen(
-                "unpermute", unpermute_kernel, gather, lambda row, c=constants: c, variant,
-                divisible=("stride_y", "width"),
-            )
-        )  # fmt: skip
-    backward = {
-        "grad_ptr": "*bf16", "y_ptr": "*bf16", "weights_ptr": "*fp32", "positions_ptr": "*i64",
-        "grad_y_ptr": "*bf16", "grad_weights_ptr": "*fp32", "stride_grad": "i32", "stride_y": "i32", "width": "i32",
-    }  # fmt: skip
-    found.append(
-        Specimen(
-            "unpermute_backward", unpermute_backward_kernel, backward, lambda row: {"VISITS": 8},
-            divisible=("stride_grad", "stride_y", "width"),
-        )
-    )  # fmt: skip
-    return found

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
 
@@ -136,25 +135,3 @@ def place_visits_kernel(
         row = tl.where(sound, tl.gather(taken, e, 0) + rank, -1)
         tl.store(positions_ptr + visit, row.to(tl.int64), mask=visit < n_visits)
         taken += tl.histogram(e, E_PAD, mask=sound)
-
-
-def specimens() -> list[Specimen]:
-    """V3's 256 experts, over many blocks and in one."""
-    sizes = {"n_visits": "i32", "n_experts": "i32"}
-    count = {"indices_ptr": "*i64", "block_counts_ptr": "*i32", **sizes}
-    place = {**count, "positions_ptr": "*i64", "counts_ptr": "*i64", "n_blocks": "i32"}
-    found = [
-        Specimen(
-            "place_visits", count_visits_kernel, count,
-            lambda row: {"E_PAD": 256}, "count", divisible=("n_experts",),
-        )
-    ]  # fmt: skip
-    for variant, alone in (("place", False), ("alone", True)):
-        constants = {"E_PAD": 256, "ALONE": alone}
-        found.append(
-            Specimen(
-                "place_visits", place_visits_kernel, place,
-                lambda row, c=constants: c, variant, divisible=("n_experts",),
-            )
-        )  # fmt: skip
-    return found

@@ -21,9 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..elementwise.gated import silu, swiglu_ref
-from ..elementwise.norms import DTYPES, KERNEL_DTYPES, WIDEST, as_rows, meant_for, rms_norm_ref
+from ..elementwise.norms import DTYPES, KERNEL_DTYPES, WIDEST, as_rows, rms_norm_ref
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_multiple, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_e4m3, triton
 from ..toolchain.targets import has_fp8, on_device, on_triton
@@ -198,29 +197,3 @@ def rms_norm_quantize_kernel(
     place = row_offset(row, N // 128)[:, None] + tile[None, :]
     tl.store(scales + place, scale, mask=(row < M)[:, None] & (tile < N // 128)[None, :])
     tl.store(inverse_rms + row, rms, mask=row < M)
-
-
-def specimens() -> list[Specimen]:
-    """Experts' hidden layer, and the norms before FP8 products: of the query's latent, of the model's width."""
-    made = []
-    for keep in (False, True):
-        pointers = {"gate_up": "*bf16", "kept": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"}
-        made.append(Specimen(
-            "swiglu_quantize", swiglu_quantize_kernel,
-            pointers | {"n_tiles": "i32", "per_row": "i32", "stride_x": "i32"},
-            lambda row, keep=keep: {"POWER_OF_TWO": False, "KEEP": keep},
-            f"bf16{' kept' if keep else ''}", fp8=True, divisible=("n_tiles", "per_row", "stride_x"),
-        ))  # fmt: skip
-    for n in (512, 1536, 7168):
-        for power, keep in ((False, False), (True, True)):
-            pointers = dict.fromkeys(("x", "weight", "kept"), "*bf16")
-            pointers |= {"values": "*fp8e4nv", "scales": "*fp32", "inverse_rms": "*fp32"}
-            tiles = triton.next_power_of_2(n // TILE)
-            made.append(Specimen(
-                "rms_norm_quantize", rms_norm_quantize_kernel,
-                pointers | {"M": "i32", "N": "i32", "stride_x": "i32", "eps": "fp32"},
-                lambda row, p=power, k=keep, t=tiles: {"POWER_OF_TWO": p, "KEEP": k, "TILES": t},
-                f"{n} bf16{' power of two, kept' if keep else ''}", fp8=True,
-                rows=lambda row, n=n: meant_for(row, n), divisible=("M", "N", "stride_x"),
-            ))  # fmt: skip
-    return made

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.aot import Specimen
 from ..toolchain.checks import require_dtype, require_multiple
 from ..toolchain.language import jit, row_offset, tl, to_e4m3, triton
 from ..toolchain.targets import has_fp8, on_device, on_triton
@@ -360,35 +359,3 @@ def dequantize_kernel(
     scale = tl.load(scales + row_offset(row // HEIGHT, per_row) + along, mask=tile < n_tiles, other=0.0)
     result = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * scale[:, None]
     tl.store(out + place, rounded_to(result, out.dtype.element_ty), mask=inside)
-
-
-def specimens() -> list[Specimen]:
-    """The ways in which these kernels are called at V3's sizes."""
-    made, fp8 = [], "*fp8e4nv"
-
-    def add(operation, kernel, pointers, sizes, variant, even=None, **constants) -> None:
-        arguments = pointers | {"scales": "*fp32", "scales_t": "*fp32"} | dict.fromkeys(sizes, "i32")
-        needs_fp8 = fp8 in pointers.values()
-        made.append(Specimen(
-            operation, kernel, arguments, lambda row: constants, variant, fp8=needs_fp8, divisible=even or sizes
-        ))  # fmt: skip
-
-    for values, name in ((fp8, "e4m3"), ("*fp16", "e5m6")):
-        for x, flat, power in (("*bf16", True, False), ("*bf16", False, True), ("*fp32", True, False)):
-            add("quantize_tiles", quantize_tiles_kernel, {"x": x, "values": values},
-                ("n_tiles", "per_row", "stride_x"),
-                f"{name} {x[1:]}{'' if flat else ' rows apart'}{' power of two' if power else ''}",
-                ("n_tiles", "stride_x"), FLAT=flat, POWER_OF_TWO=power, E5M6=values != fp8)  # fmt: skip
-    for power in (False, True):
-        add("quantize_tiles_both", quantize_tiles_both_kernel,
-            {"x": "*bf16", "values": fp8, "words_t": "*i32"}, ("M", "K", "padded", "stride_x"),
-            "power of two" if power else "", POWER_OF_TWO=power)  # fmt: skip
-    for w, turned in (("*bf16", True), ("*fp32", False)):
-        add("quantize_blocks", quantize_blocks_kernel, {"w": w, "values": fp8, "values_t": fp8},
-            ("N", "K", "stride_w"), f"{w[1:]}{' both' if turned else ''}",
-            POWER_OF_TWO=False, TRANSPOSED=turned, EDGE=TILE, SIDE=TILE)  # fmt: skip
-    for height, even, values in ((1, True, fp8), (TILE, True, fp8), (TILE, False, fp8), (1, True, "*fp16")):
-        add("dequantize", dequantize_kernel, {"values": values, "out": "*bf16"}, ("n_tiles", "per_row", "K"),
-            f"{values[1:]} {'tiles' if height == 1 else 'blocks'}{'' if even else ' cut short'}",
-            ("n_tiles", "K") if even else ("n_tiles",), HEIGHT=height, EVEN=even)  # fmt: skip
-    return made

@@ -4,7 +4,7 @@ Triton hands PTX to an assembler that comes with it, so a laptop can make Hopper
 decides its speed: registers per thread, bytes spilled out of them, shared memory, and which matrix instruction
 is in it. ``dsv3 kernels`` prints this as a table; a test refuses a setting that spills or does not fit.
 
-A kernel file lists its :class:`Specimen`; the settings come from ``tuned/``.
+Each folder's ``specimens.py`` lists what is built; the settings come from ``tuned/``.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import KernelError
 from . import language, targets, tuning
+from .specimen import Specimen
 
-# The families that are compiled, by the name under which ``dsv3 kernels`` takes them, and where each lives.
+# The families that are compiled, by the name under which ``dsv3 kernels`` takes them, and the folder of each,
+# whose ``specimens.py`` has a function of that name.
 FAMILIES: Mapping[str, str] = MappingProxyType({
-    "quantize": "quantize.tiles_and_blocks", "fused_quantize": "quantize.fused",
-    "gemm": "matmul.gemm", "grouped_gemm": "matmul.grouped_gemm", "grouped_gemm_fp8": "matmul.grouped_gemm_fp8",
-    "latent_format": "attention.latent_format", "mla_decode": "attention.mla_decode",
-    "mla_prefill": "attention.mla_prefill", "routing": "moe.gate_kernel", "elementwise": "elementwise",
+    "quantize": "quantize", "fused_quantize": "quantize",
+    "gemm": "matmul", "grouped_gemm": "matmul", "grouped_gemm_fp8": "matmul",
+    "latent_format": "attention", "mla_decode": "attention", "mla_prefill": "attention",
+    "routing": "moe", "elementwise": "elementwise",
 })  # fmt: skip
 FIRST_FP8 = 89  # the first generation with E4M3
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
@@ -38,41 +40,6 @@ SHARED_LIMIT: Mapping[str, int] = MappingProxyType(
 MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
 
 _SHORT = MappingProxyType({"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma.sync"})
-
-Matrix = Literal["bf16", "fp8"]
-
-
-def _no_constants(row: tuning.Row) -> Mapping[str, Any]:
-    return {}
-
-
-def _every_row(row: tuning.Row) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One way in which a kernel is called: the types of its arguments and the constants it is built with.
-
-    Args:
-        operation: its name in the files of settings. kernel: the jitted function.
-        arguments: Triton's type of each run-time argument by name, such as ``"*bf16"``, ``"i32"``, ``"fp32"`` or
-            ``"tensordesc<fp8e4nv[BLOCK_M, 128]>"``, in which names of settings and constants are replaced.
-        constants: what is fixed at compile time besides the settings, given the row of settings.
-        variant: what sets this way apart, for the table. matrix: operands its matrix instruction must have.
-        fp8: whether it needs E4M3. rows: which of the operation's rows it is built with.
-        divisible: integer arguments that are multiples of 16, as the launcher would find.
-    """
-
-    operation: str
-    kernel: Any
-    arguments: Mapping[str, str]
-    constants: Callable[[tuning.Row], Mapping[str, Any]] = _no_constants
-    variant: str = ""
-    matrix: Matrix | None = None
-    fp8: bool = False
-    rows: Callable[[tuning.Row], bool] = _every_row
-    divisible: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +88,8 @@ def builds(
 ) -> Iterator[Build]:
     """Everything that ships: each specimen, each generation that has its types, each row of settings."""
     for family in families:
-        for specimen in importlib.import_module(f"dsv3lib.kernels.{FAMILIES[family]}").specimens():
+        specimens = importlib.import_module(f"dsv3lib.kernels.{FAMILIES[family]}.specimens")
+        for specimen in getattr(specimens, family)():
             for generation in generations:
                 if specimen.fp8 and int(generation.removeprefix("sm_")) < FIRST_FP8:
                     continue
