@@ -187,19 +187,19 @@ def quantize_latent_kernel(
     tiles = tl.arange(0, BLOCK_T)[None, :]
     columns = latent_columns(BLOCK_T)
     keep = in_range[:, None, None] & (columns < C)
-    x = tl.load(source[:, None, None] + columns, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(source[:, None, None] + columns, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_T, 128]
     # The maximum of a GPU drops NaN unless told; a tile with NaN must not look sound.
     amax = tl.reduce(tl.abs(x), 2, _larger_or_nan)
     scale = tl.where(amax == 0.0, 1.0, tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)))
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
     at = row_offset(rows, BYTES)[:, None, None] + columns
-    tl.store(values_ptr + at, to_e4m3(quotient), mask=keep)
+    tl.store(values_ptr + at, to_e4m3(quotient), mask=keep)  # [BLOCK_M, BLOCK_T, 128]
     at = row_offset(rows, BYTES // 4)[:, None] + tiles
-    tl.store(scales_ptr + at, scale, mask=in_range[:, None] & (tiles < C // 128))
+    tl.store(scales_ptr + at, scale, mask=in_range[:, None] & (tiles < C // 128))  # [BLOCK_M, BLOCK_T]
     rope = tl.arange(0, BLOCK_R)[None, :]
     keep = in_range[:, None] & (rope < R)
-    key = tl.load(source[:, None] + C + rope, mask=keep, other=0.0).to(tl.float32)
-    tl.store(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, to_bf16(key), mask=keep)
+    key = tl.load(source[:, None] + C + rope, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
+    tl.store(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, to_bf16(key), mask=keep)  # [BLOCK_M, BLOCK_R]
 
 
 @jit
@@ -219,17 +219,19 @@ def dequantize_latent_kernel(
     tiles = tl.arange(0, BLOCK_T)[None, :]
     columns = latent_columns(BLOCK_T)
     keep = in_range[:, None, None] & (columns < C)
+    # [BLOCK_M, BLOCK_T, 128]
     x = tl.load(values_ptr + row_offset(rows, BYTES)[:, None, None] + columns, mask=keep, other=0.0)
     at = row_offset(rows, BYTES // 4)[:, None] + tiles
-    scale = tl.load(scales_ptr + at, mask=in_range[:, None] & (tiles < C // 128), other=0.0)
+    scale = tl.load(scales_ptr + at, mask=in_range[:, None] & (tiles < C // 128), other=0.0)  # [BLOCK_M, BLOCK_T]
     target = out_ptr + row_offset(rows, C + R)
     value = x.to(tl.float32) * scale[:, :, None]
+    # [BLOCK_M, BLOCK_T, 128]
     tl.store(target[:, None, None] + columns, _rounded(value, out_ptr.dtype.element_ty), mask=keep)
     rope = tl.arange(0, BLOCK_R)[None, :]
     keep = in_range[:, None] & (rope < R)
-    key = tl.load(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, mask=keep, other=0.0)
+    key = tl.load(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, mask=keep, other=0.0)  # [BLOCK_M, BLOCK_R]
     key = _rounded(key.to(tl.float32), out_ptr.dtype.element_ty)
-    tl.store(target[:, None] + C + rope, key, mask=keep)
+    tl.store(target[:, None] + C + rope, key, mask=keep)  # [BLOCK_M, BLOCK_R]
 
 
 @jit

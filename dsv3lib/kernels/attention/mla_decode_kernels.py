@@ -31,19 +31,20 @@ def _load_tile(
         BYTES: tl.constexpr = C + C // 32 + 2 * R
         columns = latent_columns(BLOCK_C // 128)
         keep = valid[:, :, None] & (columns < C)
+        # [BLOCK_N, BLOCK_C / 128, 128]
         values = tl.load(
             latent_ptr + row_offset(stored, BYTES)[:, None, None] + columns, mask=keep, other=0.0
         )
         tiles = tl.arange(0, BLOCK_C // 128)[None, :]
         at = row_offset(stored, BYTES // 4)[:, None] + tiles
-        scale = tl.load(scales_ptr + at, mask=valid & (tiles < C // 128), other=0.0)
+        scale = tl.load(scales_ptr + at, mask=valid & (tiles < C // 128), other=0.0)  # [BLOCK_N, BLOCK_C / 128]
         latent = tl.reshape((values.to(tl.float32) * scale[:, :, None]).to(like), [BLOCK_N, BLOCK_C])
         at = row_offset(stored, BYTES // 2)[:, None] + r
-        key = tl.load(rope_ptr + at, mask=valid & (r < R), other=0.0).to(tl.float32).to(like)
+        key = tl.load(rope_ptr + at, mask=valid & (r < R), other=0.0).to(tl.float32).to(like)  # [BLOCK_N, BLOCK_R]
     else:
         offset = row_offset(stored, C + R)[:, None]
-        latent = tl.load(latent_ptr + offset + c, mask=valid & (c < C), other=0.0)
-        key = tl.load(rope_ptr + offset + r, mask=valid & (r < R), other=0.0)
+        latent = tl.load(latent_ptr + offset + c, mask=valid & (c < C), other=0.0)  # [BLOCK_N, BLOCK_C]
+        key = tl.load(rope_ptr + offset + r, mask=valid & (r < R), other=0.0)  # [BLOCK_N, BLOCK_R]
     return latent, key
 
 
@@ -60,16 +61,16 @@ def _copy_tile(
     if SWAP and not FP8:
         r = tl.arange(0, BLOCK_R)[None, :]
         rows = row_offset(at + tl.arange(0, BLOCK_N), C + R)[:, None]
-        key = tl.load(rope_ptr + rows + r, mask=r < R, other=0.0)
+        key = tl.load(rope_ptr + rows + r, mask=r < R, other=0.0)  # [BLOCK_N, BLOCK_R]
     else:
-        key = rope_desc.load([at, 0])
-    latent = latent_desc.load([at, 0])
+        key = rope_desc.load([at, 0])  # [BLOCK_N, BLOCK_R]
+    latent = latent_desc.load([at, 0])  # [BLOCK_N, BLOCK_C]
     if FP8:
         TILES: tl.constexpr = BLOCK_C // 128
         stored = at + tl.arange(0, BLOCK_N)
         tiles = tl.arange(0, TILES)[None, :]
         offset = row_offset(stored, (C + C // 32 + 2 * R) // 4)[:, None] + tiles
-        scale = tl.load(scales_ptr + offset, mask=tiles < C // 128, other=0.0)
+        scale = tl.load(scales_ptr + offset, mask=tiles < C // 128, other=0.0)  # [BLOCK_N, TILES]
         values = tl.reshape(latent, [BLOCK_N, TILES, 128]).to(tl.float32)
         latent = tl.reshape((values * scale[:, :, None]).to(like), [BLOCK_N, BLOCK_C])
         key = key.to(tl.float32).to(like)
@@ -137,10 +138,10 @@ def mla_decode_kernel(
     r = tl.arange(0, BLOCK_R)
     in_range = (row < rows)[:, None]
     query = q_ptr + row_offset(b, stride_q_batch) + row_offset(row, stride_q_row)[:, None]
-    q = tl.load(query + c[None, :], mask=in_range & (c < C)[None, :], other=0.0)
-    q_rope = tl.load(query + C + r[None, :], mask=in_range & (r < R)[None, :], other=0.0)
+    q = tl.load(query + c[None, :], mask=in_range & (c < C)[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_C]
+    q_rope = tl.load(query + C + r[None, :], mask=in_range & (r < R)[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_R]
 
-    length = tl.load(lengths_ptr + b)
+    length = tl.load(lengths_ptr + b)  # scalar
     limit = length - new + row // heads + 1  # tokens that each row sees
     tiles = tl.cdiv(length, BLOCK_N)
     share = tl.cdiv(tiles, tl.num_programs(1))
@@ -157,7 +158,7 @@ def mla_decode_kernel(
     end = last
     if TMA:  # the copy engine knows no mask: it brings whole tiles, the partly filled one comes last
         last = tl.minimum(last, length // BLOCK_N)
-    page = tl.load(table + first * BLOCK_N // PAGE_TOKENS, mask=first < last, other=0)
+    page = tl.load(table + first * BLOCK_N // PAGE_TOKENS, mask=first < last, other=0)  # scalar
     for tile in range(first, last):
         start = tile * BLOCK_N
         if TMA:
@@ -172,14 +173,14 @@ def mla_decode_kernel(
                 C, R, FP8, BLOCK_N, BLOCK_C, BLOCK_R, PAGE_TOKENS,
             )  # fmt: skip
         # The next page's number is fetched a tile ahead, or every copy would wait for it.
-        page = tl.load(table + (start + BLOCK_N) // PAGE_TOKENS, mask=tile + 1 < last, other=0)
+        page = tl.load(table + (start + BLOCK_N) // PAGE_TOKENS, mask=tile + 1 < last, other=0)  # scalar
         tokens = start + tl.arange(0, BLOCK_N)
         all_seen = start + BLOCK_N <= length - new + 1
         m, l, acc = _attend(q, q_rope, latent, key, m, l, acc, limit, tokens, all_seen, scale, SWAP)
     if TMA:
         if first < end and last < end:
             start = last * BLOCK_N
-            page = tl.load(table + start // PAGE_TOKENS)
+            page = tl.load(table + start // PAGE_TOKENS)  # scalar
             latent, key = _load_tile(
                 latent_ptr, rope_ptr, scales_ptr, page, start, length, q.dtype,
                 C, R, FP8, BLOCK_N, BLOCK_C, BLOCK_R, PAGE_TOKENS,
@@ -195,7 +196,7 @@ def mla_decode_kernel(
     total = tl.where(l == 0.0, 1.0, l)
     written = row_offset(split * batch + b, rows) + row
     lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(total)) / 1.4426950408889634)
-    tl.store(lse_ptr + written, lse, mask=row < rows)
+    tl.store(lse_ptr + written, lse, mask=row < rows)  # [BLOCK_ROWS]
     if SWAP:
         at = row_offset(written, C)[None, :] + c[:, None]
         keep = (row < rows)[None, :] & (c < C)[:, None]
@@ -204,6 +205,7 @@ def mla_decode_kernel(
         at = row_offset(written, C)[:, None] + c[None, :]
         keep = in_range & (c < C)[None, :]
         value = acc / total[:, None]
+    # [BLOCK_ROWS, BLOCK_C], with SWAP [BLOCK_C, BLOCK_ROWS]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=keep)
 
 
@@ -216,18 +218,18 @@ def mla_decode_join_kernel(
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    parts = tl.load(parts_lse_ptr + row_offset(s, rows) + row, mask=s < splits, other=float("-inf"))
+    parts = tl.load(parts_lse_ptr + row_offset(s, rows) + row, mask=s < splits, other=float("-inf"))  # [BLOCK_S]
     highest = tl.max(parts, 0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(parts - shift), 0)
     acc = tl.zeros([BLOCK_C], tl.float32)
     at = row
     for _ in range(splits):
-        weight = tl.exp(tl.load(parts_lse_ptr + at) - shift)
-        acc += weight * tl.load(parts_ptr + row_offset(at, C) + c, mask=c < C, other=0.0)
+        weight = tl.exp(tl.load(parts_lse_ptr + at) - shift)  # scalar
+        acc += weight * tl.load(parts_ptr + row_offset(at, C) + c, mask=c < C, other=0.0)  # [BLOCK_C]
         at += rows
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = acc / total
-    tl.store(out_ptr + row_offset(row, C) + c, acc.to(out_ptr.dtype.element_ty), mask=c < C)
-    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), shift + tl.log(total)))
+    tl.store(out_ptr + row_offset(row, C) + c, acc.to(out_ptr.dtype.element_ty), mask=c < C)  # [BLOCK_C]
+    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), shift + tl.log(total)))  # scalar

@@ -227,8 +227,8 @@ def mla_prefill_kernel(
     q2 = q1
     if D2 > 0:
         q2 = load_rows(query + D1, row, n_queries, stride_q1t, D2, BLOCK_2)
-    lo = tl.load(from_ptr + row, mask=row < n_queries, other=0)
-    hi = tl.load(to_ptr + row, mask=row < n_queries, other=0)
+    lo = tl.load(from_ptr + row, mask=row < n_queries, other=0)  # [BLOCK_M]
+    hi = tl.load(to_ptr + row, mask=row < n_queries, other=0)  # [BLOCK_M]
     first, whole_first, whole_last, last = bounds(lo, hi, row < n_queries, BLOCK_N)
     m = tl.full([BLOCK_M], -1e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -249,6 +249,6 @@ def mla_prefill_kernel(
     nothing = l == 0.0
     total = tl.where(nothing, 1.0, l)
     lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) / 1.4426950408889634)
-    tl.store(lse_ptr + row_offset(head, n_queries) + row, lse, mask=row < n_queries)
+    tl.store(lse_ptr + row_offset(head, n_queries) + row, lse, mask=row < n_queries)  # [BLOCK_M]
     width = tl.num_programs(1) * DV
     store_rows(out_ptr + head * DV, acc / total[:, None], row, n_queries, width, DV, BLOCK_V)

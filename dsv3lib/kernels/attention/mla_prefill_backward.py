@@ -90,7 +90,7 @@ def mla_prefill_delta_kernel(
     width = tl.num_programs(1) * DV
     out = load_rows(out_ptr + head * DV, row, n_queries, width, DV, BLOCK_V).to(tl.float32)
     grad = load_rows(grad_ptr + head * DV, row, n_queries, width, DV, BLOCK_V).to(tl.float32)
-    tl.store(delta_ptr + row_offset(head, n_queries) + row, tl.sum(out * grad, 1), mask=row < n_queries)
+    tl.store(delta_ptr + row_offset(head, n_queries) + row, tl.sum(out * grad, 1), mask=row < n_queries)  # [BLOCK_M]
 
 
 @jit
@@ -146,10 +146,10 @@ def mla_prefill_dq_kernel(
         q2 = load_rows(query + D1, row, n_queries, stride_q1t, D2, BLOCK_2)
     grad = load_rows(grad_ptr + head * DV, row, n_queries, heads * DV, DV, BLOCK_V)
     at = row_offset(head, n_queries) + row
-    lse = tl.load(lse_ptr + at, mask=in_range, other=0.0) * 1.4426950408889634
-    delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
-    lo = tl.load(from_ptr + row, mask=in_range, other=0)
-    hi = tl.load(to_ptr + row, mask=in_range, other=0)
+    lse = tl.load(lse_ptr + at, mask=in_range, other=0.0) * 1.4426950408889634  # [BLOCK_M]
+    delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)  # [BLOCK_M]
+    lo = tl.load(from_ptr + row, mask=in_range, other=0)  # [BLOCK_M]
+    hi = tl.load(to_ptr + row, mask=in_range, other=0)  # [BLOCK_M]
     first, whole_first, whole_last, last = bounds(lo, hi, in_range, BLOCK_N)
     for tile in range(whole_first, whole_last):
         dq1, dq2 = _dq_step(
@@ -185,8 +185,8 @@ def _dkv_step(
     q1 = load_tile(q1_desc, q1_ptr, first, n_queries, head, stride_q1t, stride_q1h, D1, BLOCK_1, BLOCK_M, TMA)
     q2 = q1
     query = first + tl.arange(0, BLOCK_M)
-    lse = tl.load(lse_ptr + query, mask=query < n_queries, other=0.0) * 1.4426950408889634
-    delta = tl.load(delta_ptr + query, mask=query < n_queries, other=0.0)
+    lse = tl.load(lse_ptr + query, mask=query < n_queries, other=0.0) * 1.4426950408889634  # [BLOCK_M]
+    delta = tl.load(delta_ptr + query, mask=query < n_queries, other=0.0)  # [BLOCK_M]
     if D2 > 0:
         q2 = load_tile(
             q2_desc, q2_ptr, first, n_queries, head, stride_q2t, stride_q2h, D2, BLOCK_2, BLOCK_M, TMA
@@ -233,8 +233,8 @@ def mla_prefill_dkv_kernel(
     v = load_rows(v_ptr + row_offset(head, stride_vh), row, n_keys, stride_vt, DV, BLOCK_V)
     lse_ptr += row_offset(head, n_queries)
     delta_ptr += row_offset(head, n_queries)
-    lo = tl.load(from_ptr + row, mask=in_range, other=0)
-    hi = tl.load(to_ptr + row, mask=in_range, other=0)
+    lo = tl.load(from_ptr + row, mask=in_range, other=0)  # [BLOCK_N]
+    hi = tl.load(to_ptr + row, mask=in_range, other=0)  # [BLOCK_N]
     first, whole_first, whole_last, last = bounds(lo, hi, in_range, BLOCK_M)
     for i in range(last - first - (whole_last - whole_first)):
         tile = tile_number(i, first, whole_first, whole_last)

@@ -103,7 +103,7 @@ def load_rows(ptr, rows, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr)
     """Rows of one head, zeros past the last and past the width."""
     column = tl.arange(0, BLOCK_D)[None, :]
     keep = (rows < n_rows)[:, None] & (column < D)
-    return tl.load(ptr + row_offset(rows, stride)[:, None] + column, mask=keep, other=0.0)
+    return tl.load(ptr + row_offset(rows, stride)[:, None] + column, mask=keep, other=0.0)  # [rows, BLOCK_D]
 
 
 @jit
@@ -111,6 +111,7 @@ def store_rows(ptr, values, rows, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.c
     """The same, written in the pointer's type."""
     column = tl.arange(0, BLOCK_D)[None, :]
     keep = (rows < n_rows)[:, None] & (column < D)
+    # [rows, BLOCK_D]
     tl.store(ptr + row_offset(rows, stride)[:, None] + column, values.to(ptr.dtype.element_ty), mask=keep)
 
 
@@ -121,7 +122,7 @@ def load_tile(
 ):  # fmt: skip
     """A tile of one head from row ``first`` on, by the copy engine or by ordinary loads."""
     if TMA:
-        return desc.load([first, row_offset(head, stride_h).to(tl.int32)])
+        return desc.load([first, row_offset(head, stride_h).to(tl.int32)])  # [BLOCK_ROWS, BLOCK_D]
     else:
         rows = first + tl.arange(0, BLOCK_ROWS)
         return load_rows(ptr + row_offset(head, stride_h), rows, n_rows, stride_t, D, BLOCK_D)

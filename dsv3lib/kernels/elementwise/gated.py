@@ -127,11 +127,11 @@ def swiglu_kernel(gate_up, out, M, I, stride_x, ROWS: tl.constexpr, COLUMNS: tl.
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < M)[:, None] & (column < I)
     source = gate_up + row_offset(row, stride_x)[:, None] + column
-    gate = widened(tl.load(source, mask=inside, other=0.0))
-    up = widened(tl.load(source + I, mask=inside, other=0.0))
+    gate = widened(tl.load(source, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+    up = widened(tl.load(source + I, mask=inside, other=0.0))  # [ROWS, COLUMNS]
     activated, _ = silu(gate)
     result = rounded_to(activated * up, out.dtype.element_ty)
-    tl.store(out + row_offset(row, I)[:, None] + column, result, mask=inside)
+    tl.store(out + row_offset(row, I)[:, None] + column, result, mask=inside)  # [ROWS, COLUMNS]
 
 
 @jit
@@ -143,11 +143,12 @@ def swiglu_backward_kernel(
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < M)[:, None] & (column < I)
     source = gate_up + row_offset(row, stride_x)[:, None] + column
-    gate = widened(tl.load(source, mask=inside, other=0.0))
-    up = widened(tl.load(source + I, mask=inside, other=0.0))
+    gate = widened(tl.load(source, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+    up = widened(tl.load(source + I, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+    # [ROWS, COLUMNS]
     g = widened(tl.load(grad + row_offset(row, stride_grad)[:, None] + column, mask=inside, other=0.0))
     activated, sigmoid = silu(gate)
     slope = sigmoid + activated * (1 - sigmoid)
     target = grad_both + row_offset(row, 2 * I)[:, None] + column
-    tl.store(target, rounded_to(g * up * slope, grad_both.dtype.element_ty), mask=inside)
-    tl.store(target + I, rounded_to(g * activated, grad_both.dtype.element_ty), mask=inside)
+    tl.store(target, rounded_to(g * up * slope, grad_both.dtype.element_ty), mask=inside)  # [ROWS, COLUMNS]
+    tl.store(target + I, rounded_to(g * activated, grad_both.dtype.element_ty), mask=inside)  # [ROWS, COLUMNS]

@@ -130,15 +130,18 @@ def norm_and_turn_kernel(
     target = out + row_offset(row, C + ROTARY)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (row < M)[:, None] & (column < C)
-    values = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
     scale = tl.rsqrt(tl.sum(values * values, 1) / C + eps)
-    by = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
+    by = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)  # [1, WIDTH]
+    # [ROWS, WIDTH]
     tl.store(target + column, rounded_to(values * scale[:, None] * by, out.dtype.element_ty), mask=inside)
-    tl.store(inverse_rms + row, scale, mask=row < M)
+    tl.store(inverse_rms + row, scale, mask=row < M)  # [ROWS]
     column = tl.arange(0, 2 * PAIRS)[None, :]
     inside = (row < M)[:, None] & (column < ROTARY)
+    # [ROWS, 2 PAIRS]
     turns = tl.load(table + row_offset(row % period, ROTARY)[:, None] + column, mask=inside, other=0.0)
-    key = tl.load(source + C + column, mask=inside, other=0.0).to(tl.float32)
+    key = tl.load(source + C + column, mask=inside, other=0.0).to(tl.float32)  # [ROWS, 2 PAIRS]
+    # [ROWS, 2 PAIRS]
     tl.store(
         target + C + column, rounded_to(turn_pairs(key, turns, False), out.dtype.element_ty), mask=inside
     )
@@ -152,26 +155,28 @@ def norm_and_turn_backward_kernel(
     """Every so-many-th set of ROWS tokens, and this program's part of the weight's gradient: see ``norms``."""
     along = tl.arange(0, WIDTH)[None, :]
     pair = tl.arange(0, 2 * PAIRS)[None, :]
-    by = tl.load(weight + along, mask=along < C, other=0.0).to(tl.float32)
+    by = tl.load(weight + along, mask=along < C, other=0.0).to(tl.float32)  # [1, WIDTH]
     part = tl.zeros([ROWS, WIDTH], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         sent = grad + row_offset(row, stride_grad)[:, None]
         target = grad_x + row_offset(row, C + ROTARY)[:, None]
         inside = (row < M)[:, None] & (along < C)
-        g = tl.load(sent + along, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(sent + along, mask=inside, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
+        # [ROWS, WIDTH]
         values = tl.load(x + row_offset(row, stride_x)[:, None] + along, mask=inside, other=0.0).to(
             tl.float32
         )
-        scale = tl.load(inverse_rms + row, mask=row < M, other=0.0)[:, None]
+        scale = tl.load(inverse_rms + row, mask=row < M, other=0.0)[:, None]  # [ROWS, 1]
         normed = values * scale
         part += g * normed
         g *= by
         result = (g - normed * (tl.sum(g * normed, 1) / C)[:, None]) * scale
-        tl.store(target + along, rounded_to(result, grad_x.dtype.element_ty), mask=inside)
+        tl.store(target + along, rounded_to(result, grad_x.dtype.element_ty), mask=inside)  # [ROWS, WIDTH]
         inside = (row < M)[:, None] & (pair < ROTARY)
+        # [ROWS, 2 PAIRS]
         turns = tl.load(table + row_offset(row % period, ROTARY)[:, None] + pair, mask=inside, other=0.0)
-        g = tl.load(sent + C + pair, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(sent + C + pair, mask=inside, other=0.0).to(tl.float32)  # [ROWS, 2 PAIRS]
         back = rounded_to(turn_pairs(g, turns, True), grad_x.dtype.element_ty)
-        tl.store(target + C + pair, back, mask=inside)
-    tl.store(parts + row_offset(tl.program_id(0), C) + along, tl.sum(part, 0)[None, :], mask=along < C)
+        tl.store(target + C + pair, back, mask=inside)  # [ROWS, 2 PAIRS]
+    tl.store(parts + row_offset(tl.program_id(0), C) + along, tl.sum(part, 0)[None, :], mask=along < C)  # [1, WIDTH]

@@ -172,17 +172,17 @@ def rms_norm_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     inside = (row < M)[:, None] & (column < N)
     place = row_offset(row, N)[:, None] + column
-    values = tl.load(x + row_offset(row, stride_x)[:, None] + column, mask=inside, other=0.0)
+    values = tl.load(x + row_offset(row, stride_x)[:, None] + column, mask=inside, other=0.0)  # [ROWS, WIDTH]
     if ADD:
         source = residual + row_offset(row, stride_residual)[:, None] + column
-        added = values.to(tl.float32) + tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        added = values.to(tl.float32) + tl.load(source, mask=inside, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
         values = rounded_to(added, y.dtype.element_ty)
-        tl.store(total + place, values, mask=inside)
+        tl.store(total + place, values, mask=inside)  # [ROWS, WIDTH]
     values = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / N + eps)
-    by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    tl.store(y + place, rounded_to(values * scale[:, None] * by, y.dtype.element_ty), mask=inside)
-    tl.store(inverse_rms + row, scale, mask=row < M)
+    by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)  # [1, WIDTH]
+    tl.store(y + place, rounded_to(values * scale[:, None] * by, y.dtype.element_ty), mask=inside)  # [ROWS, WIDTH]
+    tl.store(inverse_rms + row, scale, mask=row < M)  # [ROWS]
 
 
 @jit
@@ -196,25 +196,25 @@ def rms_norm_backward_kernel(
     their way into shared memory while it computes.
     """
     column = tl.arange(0, WIDTH)[None, :]
-    by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    by = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)  # [1, WIDTH]
     part = tl.zeros([ROWS, WIDTH], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         inside = (row < M)[:, None] & (column < N)
-        g = tl.load(grad + row_offset(row, stride_grad)[:, None] + column, mask=inside, other=0.0)
-        values = tl.load(x + row_offset(row, stride_x)[:, None] + column, mask=inside, other=0.0)
-        scale = tl.load(inverse_rms + row, mask=row < M, other=0.0)[:, None]
+        g = tl.load(grad + row_offset(row, stride_grad)[:, None] + column, mask=inside, other=0.0)  # [ROWS, WIDTH]
+        values = tl.load(x + row_offset(row, stride_x)[:, None] + column, mask=inside, other=0.0)  # [ROWS, WIDTH]
+        scale = tl.load(inverse_rms + row, mask=row < M, other=0.0)[:, None]  # [ROWS, 1]
         g, normed = g.to(tl.float32), values.to(tl.float32) * scale
         part += g * normed
         g *= by
         result = (g - normed * (tl.sum(g * normed, 1) / N)[:, None]) * scale
         if ADD:
             source = extra + row_offset(row, stride_extra)[:, None] + column
-            result += tl.load(source, mask=inside, other=0.0).to(tl.float32)
+            result += tl.load(source, mask=inside, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
         place = row_offset(row, N)[:, None] + column
-        tl.store(grad_x + place, rounded_to(result, grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + place, rounded_to(result, grad_x.dtype.element_ty), mask=inside)  # [ROWS, WIDTH]
     target = parts + row_offset(tl.program_id(0), N) + column
-    tl.store(target, tl.sum(part, 0)[None, :], mask=column < N)
+    tl.store(target, tl.sum(part, 0)[None, :], mask=column < N)  # [1, WIDTH]
 
 
 def meant_for(row: tuning.Row, n: int, taken: int = 0) -> bool:

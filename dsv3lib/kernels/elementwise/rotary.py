@@ -219,7 +219,7 @@ def rope_kernel(
         if COPIED:
             beside = tl.arange(0, COPIED)[None, :]
             copied = within[:, None] & (beside < NOPE)
-            tl.store(target + beside, tl.load(source + beside, mask=copied), mask=copied)
+            tl.store(target + beside, tl.load(source + beside, mask=copied), mask=copied)  # [ROWS, COPIED]
         source += NOPE
         target += NOPE
     else:
@@ -228,6 +228,8 @@ def rope_kernel(
         source = k + row_offset(token, stride_kn)[:, None]
         target = out_k + row_offset(token, stride_out_kn)[:, None]
     inside = within[:, None] & (column < ROTARY)
-    x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)  # [ROWS, 2 PAIRS]
+    # [ROWS, 2 PAIRS]
     turns = tl.load(table + row_offset(token % period, ROTARY)[:, None] + column, mask=inside, other=0.0)
+    # [ROWS, 2 PAIRS]
     tl.store(target + column, rounded_to(turn_pairs(x, turns, BACK), out_q.dtype.element_ty), mask=inside)

@@ -56,25 +56,25 @@ def sum_of_slices(
     """
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    factor_b = tl.load(b_scale)
-    factor = tl.load(scale, mask=inside, other=0.0)
+    factor_b = tl.load(b_scale)  # scalar
+    factor = tl.load(scale, mask=inside, other=0.0)  # [BLOCK_M]
     if HALVES == 2:
-        factor_next = tl.load(scale + next_half, mask=inside_next, other=0.0)
+        factor_next = tl.load(scale + next_half, mask=inside_next, other=0.0)  # [BLOCK_M]
     for s in tl.range(0, slices):
-        x = a.load([row, s * 128])
-        y = b.load([b_row, s * 128]).T
+        x = a.load([row, s * 128])  # [BLOCK_M, 128]
+        y = b.load([b_row, s * 128]).T  # [BLOCK_N, 128], turned
         scale += stride_ak
         b_scale += stride_bk
         more = s + 1 < slices
-        coming_b = tl.load(b_scale, mask=more, other=0.0)
-        coming = tl.load(scale, mask=inside & more, other=0.0)
+        coming_b = tl.load(b_scale, mask=more, other=0.0)  # scalar
+        coming = tl.load(scale, mask=inside & more, other=0.0)  # [BLOCK_M]
         if HALVES == 2:
-            coming_next = tl.load(scale + next_half, mask=inside_next & more, other=0.0)
+            coming_next = tl.load(scale + next_half, mask=inside_next & more, other=0.0)  # [BLOCK_M]
         first = promote(first, tl.dot(x, y), (factor * factor_b)[:, None])
         if HALVES == 2:
             # Read here and not above: it then arrives at a barrier of its own, and the wait for it is a border
             # that the assembler moves no promotion across.
-            x = a.load([row + BLOCK_M, s * 128])
+            x = a.load([row + BLOCK_M, s * 128])  # [BLOCK_M, 128]
             second = promote(second, tl.dot(x, y), (factor_next * factor_b)[:, None])
             factor_next = coming_next
         factor, factor_b = coming, coming_b
@@ -92,10 +92,10 @@ def sum_of_tiled_slices(
     """
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for s in tl.range(first_slice, last_slice, num_stages=STAGES):
-        x = a.load([row, s * 128])
-        y = b.load([b_row, s * 128]).T
-        factor_b = tl.load(b_scale)
-        factor = tl.load(scale, mask=inside, other=0.0)
+        x = a.load([row, s * 128])  # [BLOCK_M, 128]
+        y = b.load([b_row, s * 128]).T  # [BLOCK_N, 128], turned
+        factor_b = tl.load(b_scale)  # [BLOCK_N]
+        factor = tl.load(scale, mask=inside, other=0.0)  # [BLOCK_M]
         total = promote(total, tl.dot(x, y) * factor_b[None, :], factor[:, None])
         scale += stride_ak
         b_scale += stride_bk

@@ -86,14 +86,15 @@ def gemm_fp8_few_rows_kernel(
     first = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for s in tl.range(start, tl.minimum(start + part_slices, K // 128)):
-        x = a.load([row, s * 128])
-        y = b.load([col, s * 128])
-        factor = tl.load(scale, mask=rows < M, other=0.0)
-        factor_b = tl.load(b_scale)
+        x = a.load([row, s * 128])  # [BLOCK_M, 128]
+        y = b.load([col, s * 128])  # [BLOCK_N, 128]
+        factor = tl.load(scale, mask=rows < M, other=0.0)  # [BLOCK_M]
+        factor_b = tl.load(b_scale)  # scalar, or [BLOCK_N] where TILED
         if HALVES == 2:
-            factor_next = tl.load(b_scale + to_next)
+            factor_next = tl.load(b_scale + to_next)  # scalar, or [BLOCK_N] where TILED
         first = scaled(first, x, y, factor, factor_b, SWAP, TILED)
         if HALVES == 2:
+            # [BLOCK_N, 128]
             y = b.load([col_next, s * 128])  # here and not above, as in fp8_slices.py
             second = scaled(second, x, y, factor, factor_next, SWAP, TILED)
         scale += stride_ak
@@ -101,11 +102,12 @@ def gemm_fp8_few_rows_kernel(
     where = out + row_offset(part, stride_part) + row_offset(rows, stride_out)[:, None] + cols[None, :]
     inside = (rows < M)[:, None]
     first = first.T if SWAP else first
+    # [BLOCK_M, BLOCK_N]
     tl.store(where + col, first if out.dtype.element_ty == tl.float32 else to_bf16(first), mask=inside)
     if HALVES == 2:
         second = second.T if SWAP else second
         second = second if out.dtype.element_ty == tl.float32 else to_bf16(second)
-        tl.store(where + col_next, second, mask=inside & (col_next > col))
+        tl.store(where + col_next, second, mask=inside & (col_next > col))  # [BLOCK_M, BLOCK_N]
 
 
 @jit
@@ -115,8 +117,8 @@ def sum_of_parts_kernel(parts, c, size, count, BLOCK: tl.constexpr, ADD: tl.cons
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)
     if ADD:
-        total += tl.load(c + at, mask=inside, other=0.0)
+        total += tl.load(c + at, mask=inside, other=0.0)  # [BLOCK]
     for _ in tl.range(0, count):
-        total += tl.load(parts + at, mask=inside, other=0.0)
+        total += tl.load(parts + at, mask=inside, other=0.0)  # [BLOCK]
         parts += size.to(tl.int64)
-    tl.store(c + at, total if c.dtype.element_ty == tl.float32 else to_bf16(total), mask=inside)
+    tl.store(c + at, total if c.dtype.element_ty == tl.float32 else to_bf16(total), mask=inside)  # [BLOCK]

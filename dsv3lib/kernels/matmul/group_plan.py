@@ -24,7 +24,7 @@ def rows_of_groups(counts, group, groups, rows, capacity, MASKED: tl.constexpr):
 
     In the contiguous layout rows after the last group's form one more group, with the number ``groups``.
     """
-    count = tl.maximum(tl.load(counts + group, mask=group < groups, other=0).to(tl.int32), 0)
+    count = tl.maximum(tl.load(counts + group, mask=group < groups, other=0).to(tl.int32), 0)  # [GROUPS]
     if MASKED:
         first = group * capacity
         last = first + tl.minimum(count, capacity)
@@ -47,9 +47,9 @@ def plan_kernel(
     before = tl.cumsum(tiles, 0) - tiles
     mine = (before <= tile) & (tile < before + tiles)
     found = tl.sum(mine.to(tl.int32), 0)
-    tl.store(plan + tile * 3, tl.sum(tl.where(mine, group, 0), 0) + found - 1)
-    tl.store(plan + tile * 3 + 1, tl.sum(tl.where(mine, first + (tile - before) * BLOCK_M, 0), 0))
-    tl.store(plan + tile * 3 + 2, tl.sum(tl.where(mine, last, 0), 0))
+    tl.store(plan + tile * 3, tl.sum(tl.where(mine, group, 0), 0) + found - 1)  # scalar
+    tl.store(plan + tile * 3 + 1, tl.sum(tl.where(mine, first + (tile - before) * BLOCK_M, 0), 0))  # scalar
+    tl.store(plan + tile * 3 + 2, tl.sum(tl.where(mine, last, 0), 0))  # scalar
 
 
 def make_plan(counts: Tensor, rows: int, capacity: int | None, block_m: int) -> Tensor:

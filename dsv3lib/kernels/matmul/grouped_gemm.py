@@ -205,18 +205,20 @@ def grouped_rows_kernel(
     """
     for tile in tl.range(tl.program_id(0), tiles_m * tl.cdiv(N, BLOCK_N), programs):
         tile_m, tile_n = place(tile, tiles_m, tl.cdiv(N, BLOCK_N), GROUP)
-        group = tl.load(plan + tile_m * 3)
+        group = tl.load(plan + tile_m * 3)  # scalar
         if group >= 0:
-            row, end = tl.load(plan + tile_m * 3 + 1), tl.load(plan + tile_m * 3 + 2)
+            row, end = tl.load(plan + tile_m * 3 + 1), tl.load(plan + tile_m * 3 + 2)  # two scalars
             rows, cols = row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             matrix = tl.minimum(group, groups - 1)
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if TMA:
                 for k in tl.range(0, K, BLOCK_K):
-                    a = x.load([row, k])
+                    a = x.load([row, k])  # [BLOCK_M, BLOCK_K]
                     if ALONG_N:
+                        # [BLOCK_K, BLOCK_N]
                         b = matrices.load([matrix, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
                     else:
+                        # [BLOCK_N, BLOCK_K], turned
                         b = matrices.load([matrix, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
                     total = tl.dot(operand(a), operand(b), total)
             else:
@@ -229,15 +231,15 @@ def grouped_rows_kernel(
                 step = row_offset(tl.full((), BLOCK_K, tl.int32), stride_bk)
                 for k in tl.range(0, K, BLOCK_K):
                     inside = k + ks < K
-                    a = tl.load(a_at, mask=(rows < end)[:, None] & inside[None, :], other=0.0)
-                    b = tl.load(b_at, mask=inside[:, None] & (cols < N)[None, :], other=0.0)
+                    a = tl.load(a_at, mask=(rows < end)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+                    b = tl.load(b_at, mask=inside[:, None] & (cols < N)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
                     total = tl.dot(operand(a), operand(b), total, input_precision="ieee")
                     a_at += BLOCK_K
                     b_at += step
             total = tl.where(group < groups, total, float("nan"))  # rows that belong to no group
             where = out + row_offset(rows, stride_om)[:, None] + cols[None, :]
             kept = (rows < end)[:, None] & (cols < N)[None, :]
-            tl.store(where, rounded(total, out.dtype.element_ty), mask=kept)
+            tl.store(where, rounded(total, out.dtype.element_ty), mask=kept)  # [BLOCK_M, BLOCK_N]
 
 
 @jit
@@ -261,12 +263,13 @@ def grouped_weight_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in tl.range(row, end, BLOCK_M):
         inside = (m + ms < end)[:, None]
-        a = tl.load(y_at, mask=inside & (ns < N)[None, :], other=0.0)
-        b = tl.load(x_at, mask=inside & (ks < K)[None, :], other=0.0)
+        a = tl.load(y_at, mask=inside & (ns < N)[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        b = tl.load(x_at, mask=inside & (ks < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         total = tl.dot(operand(a).T, operand(b), total, input_precision="ieee")
         y_at += row_offset(block, stride_ym)
         x_at += row_offset(block, stride_xm)
     where = out + row_offset(group, stride_og) + row_offset(ns, stride_on)[:, None] + ks[None, :]
+    # [BLOCK_N, BLOCK_K]
     tl.store(where, rounded(total, out.dtype.element_ty), mask=(ns < N)[:, None] & (ks < K)[None, :])
 
 

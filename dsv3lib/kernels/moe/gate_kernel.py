@@ -246,11 +246,13 @@ def gate_kernel(
     expert = group * GROUP + place
     real = (group < N_GROUP) & (place < GROUP)
     row = row_offset(token, stride_logits)
+    # [BLOCK_T, G_PAD, S_PAD]
     x = tl.load(logits_ptr + row[:, None, None] + expert, mask=there[:, None, None] & real, other=0.0)
     s = affinity(x)
     if WITH_SCORES:
         out = row_offset(token, N_GROUP * GROUP)[:, None, None] + expert
-        tl.store(scores_ptr + out, s, mask=there[:, None, None] & real)
+        tl.store(scores_ptr + out, s, mask=there[:, None, None] & real)  # [BLOCK_T, G_PAD, S_PAD]
+    # [BLOCK_T, G_PAD, S_PAD] + [1, G_PAD, S_PAD]
     key = tl.where(real, ordered(s + tl.load(bias_ptr + expert, mask=real, other=0.0)), NEVER)
 
     if N_GROUP > 1:
@@ -281,13 +283,13 @@ def gate_kernel(
 
     # The chosen logits again: these bytes have just been here, and it spares eight reductions over the row.
     used = there[:, None] & (slot < TOP_K)
-    s = affinity(tl.load(logits_ptr + row[:, None] + chosen, mask=used, other=0.0))
+    s = affinity(tl.load(logits_ptr + row[:, None] + chosen, mask=used, other=0.0))  # [BLOCK_T, K_PAD]
     s = tl.where(slot < TOP_K, s, 0.0)
     if NORMALIZE:
         s = s / (tl.sum(s, axis=1)[:, None] + 1e-20)
     out = row_offset(token, TOP_K)[:, None] + slot
-    tl.store(indices_ptr + out, chosen.to(tl.int64), mask=used)
-    tl.store(weights_ptr + out, s * scale, mask=used)
+    tl.store(indices_ptr + out, chosen.to(tl.int64), mask=used)  # [BLOCK_T, K_PAD]
+    tl.store(weights_ptr + out, s * scale, mask=used)  # [BLOCK_T, K_PAD]
 
 
 @jit
@@ -312,20 +314,20 @@ def gate_backward_kernel(
             if NORMALIZE:
                 z, dot = 1e-20, 0.0
                 for k in tl.static_range(TOP_K):
-                    s_k = tl.load(row + tl.load(indices_ptr + few + k))
+                    s_k = tl.load(row + tl.load(indices_ptr + few + k))  # scalar
                     if not FROM_SCORES:
                         s_k = affinity(s_k)
                     z += s_k
-                    dot += s_k * tl.load(grad_weights_ptr + few + k)
+                    dot += s_k * tl.load(grad_weights_ptr + few + k)  # scalar
                 shared, inverse = dot / z, scale / z
-            s = tl.load(row + expert, mask=real, other=0.0)
+            s = tl.load(row + expert, mask=real, other=0.0)  # [E_PAD]
             if not FROM_SCORES:
                 s = affinity(s)
             dense = row_offset(token, n_experts) + expert
             d = tl.zeros([E_PAD], dtype=tl.float32)
             if WITH_SCORES:
-                d += tl.load(grad_scores_ptr + dense, mask=real, other=0.0)
+                d += tl.load(grad_scores_ptr + dense, mask=real, other=0.0)  # [E_PAD]
             for k in tl.static_range(TOP_K):
-                g_k = (tl.load(grad_weights_ptr + few + k) - shared) * inverse
-                d += tl.where(expert == tl.load(indices_ptr + few + k).to(tl.int32), g_k, 0.0)
-            tl.store(grad_logits_ptr + dense, d * s * (1.0 - s), mask=real)
+                g_k = (tl.load(grad_weights_ptr + few + k) - shared) * inverse  # scalar
+                d += tl.where(expert == tl.load(indices_ptr + few + k).to(tl.int32), g_k, 0.0)  # scalar
+            tl.store(grad_logits_ptr + dense, d * s * (1.0 - s), mask=real)  # [E_PAD]

@@ -186,10 +186,10 @@ def permute_kernel(
     """A part of one token's row, written once for each visit."""
     token = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + row_offset(token, stride_x) + d, mask=d < width)
+    x = tl.load(x_ptr + row_offset(token, stride_x) + d, mask=d < width)  # [BLOCK_D]
     for k in tl.static_range(VISITS):
-        position = tl.load(positions_ptr + row_offset(token, VISITS) + k)
-        tl.store(rows_ptr + row_offset(position, width) + d, x, mask=(d < width) & (position >= 0))
+        position = tl.load(positions_ptr + row_offset(token, VISITS) + k)  # scalar
+        tl.store(rows_ptr + row_offset(position, width) + d, x, mask=(d < width) & (position >= 0))  # [BLOCK_D]
 
 
 @jit
@@ -203,10 +203,11 @@ def unpermute_kernel(
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for k in tl.static_range(VISITS):
         at = row_offset(token, VISITS) + k
-        position = tl.load(positions_ptr + at)
+        position = tl.load(positions_ptr + at)  # scalar
+        # [BLOCK_D]
         y = tl.load(y_ptr + row_offset(position, stride_y) + d, mask=(d < width) & (position >= 0), other=0.0)
-        total += y.to(tl.float32) * (tl.load(weights_ptr + at) if WEIGHTED else 1.0)
-    tl.store(out_ptr + row_offset(token, width) + d, narrowed(total, out_ptr), mask=d < width)
+        total += y.to(tl.float32) * (tl.load(weights_ptr + at) if WEIGHTED else 1.0)  # scalar
+    tl.store(out_ptr + row_offset(token, width) + d, narrowed(total, out_ptr), mask=d < width)  # [BLOCK_D]
 
 
 @jit
@@ -219,18 +220,18 @@ def unpermute_backward_kernel(
     grad_row = grad_ptr + row_offset(token, stride_grad)
     for k in tl.static_range(VISITS):
         at = row_offset(token, VISITS) + k
-        position = tl.load(positions_ptr + at)
-        weight = tl.load(weights_ptr + at)
+        position = tl.load(positions_ptr + at)  # scalar
+        weight = tl.load(weights_ptr + at)  # scalar
         products = tl.zeros([BLOCK_D], dtype=tl.float32)
         for start in range(0, width, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             inside = (d < width) & (position >= 0)
-            g = tl.load(grad_row + d, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + row_offset(position, stride_y) + d, mask=inside, other=0.0)
+            g = tl.load(grad_row + d, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_D]
+            y = tl.load(y_ptr + row_offset(position, stride_y) + d, mask=inside, other=0.0)  # [BLOCK_D]
             products += g * y.to(tl.float32)
             out = grad_y_ptr + row_offset(position, width) + d
-            tl.store(out, narrowed(g * weight, grad_y_ptr), mask=inside)
-        tl.store(grad_weights_ptr + at, tl.sum(products))
+            tl.store(out, narrowed(g * weight, grad_y_ptr), mask=inside)  # [BLOCK_D]
+        tl.store(grad_weights_ptr + at, tl.sum(products))  # scalar
 
 
 @jit

@@ -88,12 +88,12 @@ def count_visits_kernel(
 ):
     """How many of a block's visits go to each expert."""
     visit = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    e = tl.load(indices_ptr + visit, mask=visit < n_visits, other=-1)
+    e = tl.load(indices_ptr + visit, mask=visit < n_visits, other=-1)  # [CHUNK]
     sound = (e >= 0) & (e < n_experts)
     counts = tl.histogram(tl.where(sound, e, 0).to(tl.int32), E_PAD, mask=sound)
     expert = tl.arange(0, E_PAD)
     out = block_counts_ptr + row_offset(tl.program_id(0), n_experts) + expert
-    tl.store(out, counts, mask=expert < n_experts)
+    tl.store(out, counts, mask=expert < n_experts)  # [E_PAD]
 
 
 @jit
@@ -110,7 +110,7 @@ def place_visits_kernel(
     total = tl.zeros([E_PAD], dtype=tl.int32)
     if ALONE:  # the only block: it counts for itself
         for start in range(0, own, TILE):
-            e = tl.load(indices_ptr + start + lane, mask=start + lane < n_visits, other=-1)
+            e = tl.load(indices_ptr + start + lane, mask=start + lane < n_visits, other=-1)  # [TILE]
             sound = (e >= 0) & (e < n_experts)
             total += tl.histogram(tl.where(sound, e, 0).to(tl.int32), E_PAD, mask=sound)
     else:
@@ -118,20 +118,20 @@ def place_visits_kernel(
             other = start + tl.arange(0, BLOCKS)
             at = row_offset(other, n_experts)[:, None] + expert[None, :]
             there = (other < n_blocks)[:, None] & (expert < n_experts)[None, :]
-            tile = tl.load(block_counts_ptr + at, mask=there, other=0)
+            tile = tl.load(block_counts_ptr + at, mask=there, other=0)  # [BLOCKS, E_PAD]
             total += tl.sum(tile, axis=0)
             before += tl.sum(tl.where((other < block)[:, None], tile, 0), axis=0)
     if block == 0:
-        tl.store(counts_ptr + expert, total.to(tl.int64), mask=expert < n_experts)
+        tl.store(counts_ptr + expert, total.to(tl.int64), mask=expert < n_experts)  # [E_PAD]
     taken = tl.cumsum(total, axis=0) - total + before  # of each expert the next free row
     for start in range(0, own, TILE):
         visit = block * CHUNK + start + lane
-        e = tl.load(indices_ptr + visit, mask=visit < n_visits, other=-1)
+        e = tl.load(indices_ptr + visit, mask=visit < n_visits, other=-1)  # [TILE]
         sound = (e >= 0) & (e < n_experts)
         e = tl.where(sound, e, 0).to(tl.int32)
         same = (e[:, None] == e[None, :]) & (lane[None, :] < lane[:, None])
         # A visit that goes nowhere counts for none: it must not move those behind it.
         rank = tl.sum((same & sound[None, :]).to(tl.int32), axis=1)
         row = tl.where(sound, tl.gather(taken, e, 0) + rank, -1)
-        tl.store(positions_ptr + visit, row.to(tl.int64), mask=visit < n_visits)
+        tl.store(positions_ptr + visit, row.to(tl.int64), mask=visit < n_visits)  # [TILE]
         taken += tl.histogram(e, E_PAD, mask=sound)

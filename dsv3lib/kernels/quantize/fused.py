@@ -160,17 +160,17 @@ def swiglu_quantize_kernel(
     inside = (tile < n_tiles)[:, None]
     column = tl.arange(0, 128)[None, :]
     source = gate_up + (row_offset(tile // per_row, stride_x) + (tile % per_row) * 128)[:, None] + column
-    gate = widened(tl.load(source, mask=inside, other=0.0))
-    up = widened(tl.load(source + per_row * 128, mask=inside, other=0.0))
+    gate = widened(tl.load(source, mask=inside, other=0.0))  # [TILES, 128]
+    up = widened(tl.load(source + per_row * 128, mask=inside, other=0.0))  # [TILES, 128]
     activated, _ = silu(gate)
     hidden = rounded_to(activated * up, gate_up.dtype.element_ty)
     target = row_offset(tile, 128)[:, None] + column
     if KEEP:
-        tl.store(kept + target, hidden, mask=inside)
+        tl.store(kept + target, hidden, mask=inside)  # [TILES, 128]
     hidden = widened(hidden)
     scale, inverse = scale_and_inverse(tl.max(size_bits(hidden), 1), POWER_OF_TWO, False)
-    tl.store(values + target, to_e4m3(hidden * inverse[:, None]), mask=inside)
-    tl.store(scales + tile, scale, mask=tile < n_tiles)
+    tl.store(values + target, to_e4m3(hidden * inverse[:, None]), mask=inside)  # [TILES, 128]
+    tl.store(scales + tile, scale, mask=tile < n_tiles)  # [TILES]
 
 
 @jit
@@ -183,17 +183,18 @@ def rms_norm_quantize_kernel(
     tile = tl.arange(0, TILES)
     column = tile[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
     inside = (row < M)[:, None, None] & (column < N)
+    # [ROWS, TILES, 128]
     x_rows = tl.load(x + row_offset(row, stride_x)[:, None, None] + column, mask=inside, other=0.0)
     x_rows = widened(x_rows)
     rms = tl.rsqrt(tl.sum(tl.sum(x_rows * x_rows, 2), 1) / N + eps)
-    by = widened(tl.load(weight + column, mask=column < N, other=0.0))
+    by = widened(tl.load(weight + column, mask=column < N, other=0.0))  # [1, TILES, 128]
     normed = rounded_to(x_rows * rms[:, None, None] * by, x.dtype.element_ty)
     target = row_offset(row, N)[:, None, None] + column
     if KEEP:
-        tl.store(kept + target, normed, mask=inside)
+        tl.store(kept + target, normed, mask=inside)  # [ROWS, TILES, 128]
     normed = widened(normed)
     scale, inverse = scale_and_inverse(tl.max(size_bits(normed), 2), POWER_OF_TWO, False)
-    tl.store(values + target, to_e4m3(normed * inverse[:, :, None]), mask=inside)
+    tl.store(values + target, to_e4m3(normed * inverse[:, :, None]), mask=inside)  # [ROWS, TILES, 128]
     place = row_offset(row, N // 128)[:, None] + tile[None, :]
-    tl.store(scales + place, scale, mask=(row < M)[:, None] & (tile < N // 128)[None, :])
-    tl.store(inverse_rms + row, rms, mask=row < M)
+    tl.store(scales + place, scale, mask=(row < M)[:, None] & (tile < N // 128)[None, :])  # [ROWS, TILES]
+    tl.store(inverse_rms + row, rms, mask=row < M)  # [ROWS]

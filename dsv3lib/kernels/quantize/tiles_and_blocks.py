@@ -264,18 +264,18 @@ def quantize_tiles_kernel(
         source = target
     else:
         source = (row_offset(tile // per_row, stride_x) + (tile % per_row) * 128)[:, None] + column
-    tiles = widened(tl.load(x + source, mask=inside, other=0.0))
+    tiles = widened(tl.load(x + source, mask=inside, other=0.0))  # [TILES, 128]
     scale, inverse = scale_and_inverse(tl.max(size_bits(tiles), 1), POWER_OF_TWO, E5M6)
     scaled = tiles * inverse[:, None]
     rounded = to_e5m6(scaled) if E5M6 else to_e4m3(scaled)
-    tl.store(values + target, rounded, mask=inside)
-    tl.store(scales + tile, scale, mask=tile < n_tiles)
+    tl.store(values + target, rounded, mask=inside)  # [TILES, 128]
+    tl.store(scales + tile, scale, mask=tile < n_tiles)  # [TILES]
 
 
 @jit
 def _load_rows(x, row, column, M, stride_x):
     place = row_offset(row, stride_x)[:, None] + column[None, :]
-    return widened(tl.load(x + place, mask=(row < M)[:, None], other=0.0))
+    return widened(tl.load(x + place, mask=(row < M)[:, None], other=0.0))  # [32, 128]
 
 
 @jit
@@ -284,8 +284,8 @@ def _write_rows(values, scales, rows, row, column, M, K, along, POWER_OF_TWO: tl
     bits = size_bits(rows)
     scale, inverse = scale_and_inverse(tl.max(bits, 1), POWER_OF_TWO, False)
     place = row_offset(row, K)[:, None] + column[None, :]
-    tl.store(values + place, to_e4m3(rows * inverse[:, None]), mask=(row < M)[:, None])
-    tl.store(scales + row_offset(row, K // 128) + along, scale, mask=row < M)
+    tl.store(values + place, to_e4m3(rows * inverse[:, None]), mask=(row < M)[:, None])  # [32, 128]
+    tl.store(scales + row_offset(row, K // 128) + along, scale, mask=row < M)  # [32]
     return bits
 
 
@@ -315,8 +315,8 @@ def quantize_tiles_both_kernel(
     by = inverse[None, :]
     turned = tl.trans(pack_e4m3(x0 * by, x1 * by, x2 * by, x3 * by))
     word = tl.program_id(1) * 32 + tl.arange(0, 32)
-    tl.store(words_t + row_offset(column, padded // 4)[:, None] + word[None, :], turned)
-    tl.store(scales_t + row_offset(column, padded // 128) + tl.program_id(1), scale)
+    tl.store(words_t + row_offset(column, padded // 4)[:, None] + word[None, :], turned)  # [128, 32] words of four
+    tl.store(scales_t + row_offset(column, padded // 128) + tl.program_id(1), scale)  # [128]
 
 
 @jit
@@ -329,16 +329,16 @@ def quantize_blocks_kernel(
     column = tl.program_id(0) * EDGE + edge
     row = tl.program_id(1) * EDGE + edge
     inside = ((row < N) & (edge < EDGE))[:, None] & ((column < K) & (edge < EDGE))[None, :]
-    square = tl.load(w + row_offset(row, stride_w)[:, None] + column[None, :], mask=inside, other=0.0)
+    square = tl.load(w + row_offset(row, stride_w)[:, None] + column[None, :], mask=inside, other=0.0)  # [SIDE, SIDE]
     square = widened(square)
     bits = tl.max(tl.max(size_bits(square), 1), 0)
     scale, inverse = scale_and_inverse(bits, POWER_OF_TWO, False)
     rounded = to_e4m3(square * inverse)
-    tl.store(values + row_offset(row, K)[:, None] + column[None, :], rounded, mask=inside)
-    tl.store(scales + row_offset(tl.program_id(1), tl.cdiv(K, EDGE)) + tl.program_id(0), scale)
+    tl.store(values + row_offset(row, K)[:, None] + column[None, :], rounded, mask=inside)  # [SIDE, SIDE]
+    tl.store(scales + row_offset(tl.program_id(1), tl.cdiv(K, EDGE)) + tl.program_id(0), scale)  # scalar
     if TRANSPOSED:
         target = row_offset(column, N)[:, None] + row[None, :]
-        tl.store(values_t + target, tl.trans(rounded), mask=tl.trans(inside))
+        tl.store(values_t + target, tl.trans(rounded), mask=tl.trans(inside))  # [SIDE, SIDE]
 
 
 @jit
@@ -356,6 +356,6 @@ def dequantize_kernel(
     else:
         place = row_offset(row, K)[:, None] + column
         inside = (tile < n_tiles)[:, None] & (column < K)
-    scale = tl.load(scales + row_offset(row // HEIGHT, per_row) + along, mask=tile < n_tiles, other=0.0)
-    result = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * scale[:, None]
-    tl.store(out + place, rounded_to(result, out.dtype.element_ty), mask=inside)
+    scale = tl.load(scales + row_offset(row // HEIGHT, per_row) + along, mask=tile < n_tiles, other=0.0)  # [TILES]
+    result = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * scale[:, None]  # [TILES, 128]
+    tl.store(out + place, rounded_to(result, out.dtype.element_ty), mask=inside)  # [TILES, 128]
