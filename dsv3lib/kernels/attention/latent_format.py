@@ -36,7 +36,8 @@ def stored_bytes(rank: int, rope: int) -> int:
     """Bytes a token of the FP8 cache takes: C + 4·C/128 + 2·R.
 
     Args:
-        rank: C, values of the latent; a multiple of 128. rope: R, values of the turned key; even.
+        rank: C, values of the latent; a multiple of 128.
+        rope: R, values of the turned key; even.
 
     Raises:
         KernelError: the rank does not divide, or the rotary part would end off a 4-byte border.
@@ -133,7 +134,9 @@ def dequantize_latent(
     """The inverse: [..., C + R] out of stored bytes, value · scale.
 
     Args:
-        stored: what :func:`quantize_latent` made. rank: C. dtype: of the result; FP32, BF16 or FP16.
+        stored: what :func:`quantize_latent` made.
+        rank: C.
+        dtype: of the result; FP32, BF16 or FP16.
 
     Raises:
         KernelError: dtype or widths do not fit, or the GPU has no E4M3.

@@ -82,7 +82,9 @@ def plan_splits(programs: int, pages: int, slots: int) -> int:
     wins, and of equals the fewest splits.
 
     Args:
-        programs: blocks without splitting. pages: most pages a row can have. slots: programs that run at once.
+        programs: blocks without splitting.
+        pages: most pages a row can have.
+        slots: programs that run at once.
     """
 
     def rounds_times_pages(splits: int) -> int:
@@ -136,9 +138,10 @@ def mla_decode(
         q: absorbed queries, [W_UKᵀ q_nope; q_rope], of 1 to 4 new tokens; BF16, FP16 or FP32 (FP64 on the CPU).
         cache: [pages, 64, C + R] of q's dtype, or the FP8 form, uint8 [pages, 64, C + 4·C/128 + 2·R];
             contiguous. Memory beyond a row's end is never used, whatever it holds.
-        block_table: the pages of each row in order. lengths: tokens per row *with* the new ones; both stay on
-            the device, and their values are not checked.
-        scale: of the scores, YaRN's factor included. value_dim: C, the part of a token that is its value.
+        block_table: the pages of each row in order.
+        lengths: tokens per row *with* the new ones; both stay on the device, and their values are not checked.
+        scale: of the scores, YaRN's factor included.
+        value_dim: C, the part of a token that is its value.
         splits: into how many parts a row is cut; ``None`` chooses by the sizes.
         settings: block sizes and the like; ``None`` takes those that ship.
 

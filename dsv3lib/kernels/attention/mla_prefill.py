@@ -93,7 +93,9 @@ def mla_prefill(
     query does not see has the weight 0, which does not undo NaN: operands must be finite in every document.
 
     Args:
-        q, k, v: tokens of all documents, one after the other; BF16, FP16 or FP32 (FP64 on the CPU).
+        q: queries of all documents, one after the other; BF16, FP16 or FP32 (FP64 on the CPU).
+        k: keys, laid out and typed like ``q``.
+        v: values, laid out and typed like ``q``.
         starts: Int32 [documents + 1], where each begins, and the end of the last; documents may be empty. They
             stay on the device, and their values are not checked.
         scale: of the scores, YaRN's factor included.

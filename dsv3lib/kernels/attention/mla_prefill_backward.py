@@ -41,7 +41,11 @@ def backward(
     """Gradients of q, k, v and the shared rotary key.
 
     Args:
-        out, lse: forward's results. grad: of out, contiguous. spans: who sees whom. settings: by operation.
+        out: forward's result.
+        lse: forward's log-sum-exp of each row, FP32.
+        grad: of out, contiguous.
+        spans: who sees whom.
+        settings: by operation.
     """
     heads = q.shape[1]
 

@@ -37,8 +37,11 @@ def attention_spans(
     A document's n queries are the last n of its m keys: query i sees the first m - n + i + 1.
 
     Args:
-        starts, k_starts: borders of the documents' queries and keys. n_queries, n_keys: T and S; tokens past the
-            last border belong to no document. causal: whether the future is hidden.
+        starts: borders of the documents' queries.
+        k_starts: borders of the documents' keys.
+        n_queries: T; queries past the last border belong to no document.
+        n_keys: S; keys past the last border belong to no document.
+        causal: whether the future is hidden.
     """
     q, q_in, q_first, q_end, lead, key_first, key_end = _documents(starts, k_starts, n_queries)
     key_to = torch.minimum(key_end, key_first + lead + (q - q_first) + 1) if causal else key_end

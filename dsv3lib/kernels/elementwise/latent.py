@@ -39,8 +39,10 @@ def norm_and_turn(
     FP16 and BF16 are computed in FP32 and rounded once; FP64 and latents wider than 16384 go to the reference.
 
     Args:
-        x: [..., C + R]. weight: of the norm, its width is C.
-        turns: as in :func:`~dsv3lib.kernels.elementwise.rotary.rope`, of R/2 pairs. eps: ε.
+        x: [..., C + R].
+        weight: of the norm, its width is C.
+        turns: as in :func:`~dsv3lib.kernels.elementwise.rotary.rope`, of R/2 pairs.
+        eps: ε.
 
     Returns:
         the shape and dtype of x.

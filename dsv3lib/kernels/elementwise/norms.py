@@ -45,7 +45,10 @@ def rms_norm(
     to the reference.
 
     Args:
-        x: any leading dimensions. weight: w. eps: ε. settings: the forward kernel's, instead of those in ``tuned/``.
+        x: any leading dimensions.
+        weight: w.
+        eps: ε.
+        settings: the forward kernel's, instead of those in ``tuned/``.
 
     Returns:
         y in the shape and dtype of x.

@@ -45,7 +45,8 @@ def rope(
     Differentiable in q and k_rope; FP16 and BF16 are turned in FP32; FP64 goes to the reference.
 
     Args:
-        q: queries, neighbours are pairs. k_rope: the key of each token.
+        q: queries, neighbours are pairs.
+        k_rope: the key of each token.
         turns: complex numbers e^{iφ} of the last batch dimensions, [T, R/2] or [B, T, R/2], or the same as
             [..., R/2, 2] of cosines and sines.
         inplace: write into q and k_rope and return them; only where no gradient is asked for.

@@ -55,11 +55,13 @@ def gemm_fp8(
     NaN and infinity in values or scales reach every product that they belong to, as in the reference.
 
     Args:
-        a: E4M3 [M, K], 1 x 128 tiles; any M. a_scales: FP32 [M, K/128], of any strides: the transposed layout
-            ([K/128, M].t()) is read with the fewest transactions.
-        b: E4M3 [N, K]; N and K divide by 128. b_scales: FP32, a scale per 128 x 128 block [N/128, K/128], or per
-            1 x 128 tile [N, K/128].
-        out_dtype: BF16 or FP32. accumulate_into: FP32 [M, N] that the product is added to and that is returned.
+        a: E4M3 [M, K], 1 x 128 tiles; any M.
+        a_scales: FP32 [M, K/128], of any strides: the transposed layout ([K/128, M].t()) is read with the fewest
+            transactions.
+        b: E4M3 [N, K]; N and K divide by 128.
+        b_scales: FP32, a scale per 128 x 128 block [N/128, K/128], or per 1 x 128 tile [N, K/128].
+        out_dtype: BF16 or FP32.
+        accumulate_into: FP32 [M, N] that the product is added to and that is returned.
         settings: block sizes and the like; the device's own when None.
 
     Raises:
@@ -118,7 +120,8 @@ def fprop(
     """Y = X Wᵀ, the forward product.
 
     Args:
-        x: E4M3 [tokens, in] with 1 x 128 tiles along ``in``. weight: E4M3 [out, in] with 128 x 128 blocks.
+        x: E4M3 [tokens, in] with 1 x 128 tiles along ``in``.
+        weight: E4M3 [out, in] with 128 x 128 blocks.
     """
     return gemm_fp8(*x, *weight, out_dtype)
 

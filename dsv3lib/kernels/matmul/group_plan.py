@@ -56,7 +56,8 @@ def make_plan(counts: Tensor, rows: int, capacity: int | None, block_m: int) -> 
     """Int32 [tiles, 3]: group, first row and end of each tile; -1 for the group where there is no such tile.
 
     Args:
-        counts: rows per group, on the device. rows: of the operand, all groups together.
+        counts: rows per group, on the device.
+        rows: of the operand, all groups together.
         capacity: rows that each group has room for, in the masked layout; None for the contiguous one.
         block_m: rows of a tile.
     """

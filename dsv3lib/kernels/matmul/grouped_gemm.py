@@ -58,7 +58,8 @@ def grouped_gemm(
 
     Args:
         x: rows, those of one group side by side; BF16, FP16 or FP32 (FP64 through the plain form).
-        weight: one matrix a group. counts: rows per group, summing to M; zero is allowed.
+        weight: one matrix a group.
+        counts: rows per group, summing to M; zero is allowed.
         settings: block sizes and the like; the device's own when None.
 
     Returns:
@@ -93,7 +94,8 @@ def grouped_gemm_masked(
     Shapes then do not depend on the routing, so that a step can be captured once and replayed.
 
     Args:
-        x: what lies beyond a group's count is not read. counts: 0 to R; more counts as R.
+        x: what lies beyond a group's count is not read.
+        counts: 0 to R; more counts as R.
 
     Returns:
         Products. On a GPU rows beyond the count are left as the memory was: whatever reads them must mask them.

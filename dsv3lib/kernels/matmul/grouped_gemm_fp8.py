@@ -61,9 +61,12 @@ def grouped_gemm_fp8(
     On a GPU the counts stay there: rows beyond their sum come back as NaN.
 
     Args:
-        a: E4M3 [M, K], 1 x 128 tiles. a_scales: FP32 [M, K/128], of any strides.
-        b: E4M3 [G, N, K], contiguous; N and K divide by 128. b_scales: FP32 [G, N/128, K/128], 128 x 128 blocks.
-        counts: rows per group, summing to M; zero is allowed. settings: the device's own when None.
+        a: E4M3 [M, K], 1 x 128 tiles.
+        a_scales: FP32 [M, K/128], of any strides.
+        b: E4M3 [G, N, K], contiguous; N and K divide by 128.
+        b_scales: FP32 [G, N/128, K/128], 128 x 128 blocks.
+        counts: rows per group, summing to M; zero is allowed.
+        settings: the device's own when None.
 
     Returns:
         BF16 [M, N].
@@ -144,7 +147,9 @@ def grouped_wgrad_fp8(
 
     Args:
         dy_t: E4M3 [N, M] and x_t: E4M3 [K, M], tokens sorted by group, 1 x 128 tiles along the tokens; N and K
-            divide by 128. dy_scales, x_scales: FP32 [N, M/128] and [K, M/128], of any strides.
+            divide by 128.
+        dy_scales: FP32 [N, M/128], of any strides.
+        x_scales: FP32 [K, M/128], of any strides.
         counts: tokens per group, each padded to a multiple of 128. On a GPU they stay there: a gradient whose
             group is cut differently comes back as NaN.
         accumulate_into: FP32 [G, N, K] gradients that these are added to.

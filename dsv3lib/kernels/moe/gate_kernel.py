@@ -55,10 +55,15 @@ def gate(
     NaN (all of them if normalised): the loss shows it, and nobody has to wait for the GPU to be asked.
 
     Args:
-        logits: u · e_i, FP32 (FP64 goes to the reference), rows side by side. bias: b, FP32.
-        top_k: K_r, experts a token visits. n_group, topk_group: groups, and how many of them one token may use.
-        norm: divide by the sum over the chosen. scale: ``routed_scaling_factor``.
-        with_scores: also return s, which the balance loss needs. settings: other than those tuned.
+        logits: u · e_i, FP32 (FP64 goes to the reference), rows side by side.
+        bias: b, FP32.
+        top_k: K_r, experts a token visits.
+        n_group: groups of experts, one a node.
+        topk_group: how many groups one token may use.
+        norm: divide by the sum over the chosen.
+        scale: ``routed_scaling_factor``.
+        with_scores: also return s, which the balance loss needs.
+        settings: other than those tuned.
 
     Returns:
         indices: Int64, best first. weights: FP32, in their order, differentiable in the logits.

@@ -36,7 +36,8 @@ def permute(
 
     Args:
         x: a row a token: FP32, BF16, FP16, FP64, or E4M3 (carried as it is, without a gradient).
-        indices: the experts that each token visits. n_experts: E.
+        indices: the experts that each token visits.
+        n_experts: E.
 
     Returns:
         rows: [T·K, D]. counts: visits per expert, Int64 [E], on the device of x; nothing waits for them.
@@ -62,7 +63,9 @@ def unpermute(
     """Each token's weighted sum over its visits, Σ_k weights[t, k] · y[positions[t, k]], added in FP32.
 
     Args:
-        y: rows as ``permute`` laid them. positions: from there. weights: FP32, or ``None`` for ones.
+        y: rows as ``permute`` laid them.
+        positions: from there.
+        weights: FP32, or ``None`` for ones.
 
     Returns:
         In the dtype of y; differentiable in y and the weights.

@@ -36,7 +36,9 @@ class Quantized(NamedTuple):
     """What a fused operation gives.
 
     Args:
-        values: E4M3. scales: FP32, one per 128 values. kept: the values before quantisation, where asked for.
+        values: E4M3.
+        scales: FP32, one per 128 values.
+        kept: the values before quantisation, where asked for.
         inverse_rms: 1 / rms of each row in FP32, which the backward of RMSNorm needs; ``None`` after SwiGLU.
     """
 
@@ -56,7 +58,8 @@ def swiglu_quantize(
 
     Args:
         gate_up: [..., 2 I], the gate in the first half of a row; I divides by 128.
-        power_of_two: round scales up to powers of two. keep: return the unquantised values too.
+        power_of_two: round scales up to powers of two.
+        keep: return the unquantised values too.
 
     Returns:
         values [..., I], scales [..., I/128], and ``kept`` in the dtype of gate_up.
@@ -93,8 +96,11 @@ def rms_norm_quantize(
     """quantize_tiles(rms_norm(x, weight, eps)) in one pass.
 
     Args:
-        x: [..., N], N divides by 128; rows wider than 16384 go to the reference. weight: w. eps: ε.
-        power_of_two: round scales up to powers of two. keep: return the unquantised values too.
+        x: [..., N], N divides by 128; rows wider than 16384 go to the reference.
+        weight: w.
+        eps: ε.
+        power_of_two: round scales up to powers of two.
+        keep: return the unquantised values too.
 
     Returns:
         values [..., N], scales [..., N/128], ``kept`` in the dtype of x, and ``inverse_rms`` [...].

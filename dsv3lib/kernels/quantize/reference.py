@@ -26,8 +26,10 @@ class BothWays(NamedTuple):
     """A matrix quantised along its rows, and transposed along its columns.
 
     Args:
-        values: E4M3 [M, K]. scales: FP32, one a tile or block of ``values``.
-        values_t: E4M3 [K, M], M padded with zeros to a multiple of 128 for tiles. scales_t: those of ``values_t``.
+        values: E4M3 [M, K].
+        scales: FP32, one a tile or block of ``values``.
+        values_t: E4M3 [K, M], M padded with zeros to a multiple of 128 for tiles.
+        scales_t: those of ``values_t``.
     """
 
     values: Tensor

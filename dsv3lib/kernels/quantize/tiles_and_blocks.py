@@ -109,7 +109,8 @@ def quantize_tiles_both(
     the same high-precision values, so nothing is rounded twice.
 
     Args:
-        x: [M, K], K divides by 128; any M. power_of_two: as in :func:`quantize_tiles`.
+        x: [M, K], K divides by 128; any M.
+        power_of_two: as in :func:`quantize_tiles`.
 
     Returns:
         values [M, K], scales [M, K/128], values_t [K, P], scales_t [K, P/128] with P the next multiple of 128 from
@@ -150,7 +151,8 @@ def quantize_blocks(
     """Quantise a weight to E4M3 with one scale per ``block`` x ``block``; edges may be cut short.
 
     Args:
-        w: [N, K], any sizes. power_of_two: round scales up to powers of two.
+        w: [N, K], any sizes.
+        power_of_two: round scales up to powers of two.
 
     Returns:
         values: float8_e4m3fn [N, K]. scales: FP32 [ceil(N/block), ceil(K/block)]. Zeros, NaN and infinity are
@@ -192,8 +194,9 @@ def dequantize(
     """values · scale, for tiles (a scale per row and 128 columns) and for blocks (a scale per square).
 
     Args:
-        values: float8_e4m3fn, or E5M6 in FP16. scales: FP32, as either quantiser returned them. block: edge of a
-            square, width of a tile.
+        values: float8_e4m3fn, or E5M6 in FP16.
+        scales: FP32, as either quantiser returned them.
+        block: edge of a square, width of a tile.
 
     Raises:
         KernelError: the scales fit neither form, or a dtype that is not there.

@@ -68,8 +68,11 @@ class Compiled:
     """What the machine code holds.
 
     Args:
-        registers: per thread. spilled: bytes per thread kept in memory, its stack, for want of registers.
-        shared: bytes of shared memory a block. warps: per block. instruction: its matrix instruction, or "".
+        registers: per thread.
+        spilled: bytes per thread kept in memory, its stack, for want of registers.
+        shared: bytes of shared memory a block.
+        warps: per block.
+        instruction: its matrix instruction, or "".
         ttir: Triton's own code, PTX the virtual machine's.
     """
 

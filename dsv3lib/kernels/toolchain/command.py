@@ -79,7 +79,9 @@ def compile_lines(
     """Compile kernels, several at a time, and give a line for each as it is ready, in order.
 
     Args:
-        families: files of ``kernels``. generations: such as "sm_90". progress: whether to show a bar.
+        families: files of ``kernels``.
+        generations: such as "sm_90".
+        progress: whether to show a bar.
 
     Raises:
         KernelError: Triton is missing, or a kernel does not compile.

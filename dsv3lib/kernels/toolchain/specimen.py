@@ -24,12 +24,15 @@ class Specimen:
     """One way in which a kernel is called: the types of its arguments and the constants it is built with.
 
     Args:
-        operation: its name in the files of settings. kernel: the jitted function.
+        operation: its name in the files of settings.
+        kernel: the jitted function.
         arguments: Triton's type of each run-time argument by name, such as ``"*bf16"``, ``"i32"``, ``"fp32"`` or
             ``"tensordesc<fp8e4nv[BLOCK_M, 128]>"``, in which names of settings and constants are replaced.
         constants: what is fixed at compile time besides the settings, given the row of settings.
-        variant: what sets this way apart, for the table. matrix: operands its matrix instruction must have.
-        fp8: whether it needs E4M3. rows: which of the operation's rows it is built with.
+        variant: what sets this way apart, for the table.
+        matrix: operands its matrix instruction must have.
+        fp8: whether it needs E4M3.
+        rows: which of the operation's rows it is built with.
         divisible: integer arguments that are multiples of 16, as the launcher would find.
     """
 

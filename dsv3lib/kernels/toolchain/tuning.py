@@ -40,7 +40,9 @@ def pick(operation: str, device: torch.device, **shape: int) -> dict[str, Any]:
     """The settings of an operation for a shape on a device.
 
     Args:
-        operation: its name in the files. device: where it will run. shape: sizes by the names that bounds use.
+        operation: its name in the files.
+        device: where it will run.
+        shape: sizes by the names that bounds use.
 
     Returns:
         Block sizes and the like by the kernel's own names, with ``num_warps`` and ``num_stages``.
@@ -129,7 +131,8 @@ def write(path: Path, about: str, generation: str, table: Table) -> None:
     """Write a file of settings, one row a line.
 
     Args:
-        about: one sentence on where the figures come from. generation: "sm_90", say.
+        about: one sentence on where the figures come from.
+        generation: "sm_90", say.
     """
     parts = [f'  "about": {json.dumps(about)}', f'  "generation": {json.dumps(generation)}']
     for operation, rows in sorted(table.items()):
