@@ -24,7 +24,7 @@ from dsv3lib.course.judge import judge
 from dsv3lib.course.task import Exercise, Rejected, WrongAnswer, expect_number, expect_tensor
 from dsv3lib.errors import CourseError
 
-SANITIZE = Path(__file__).parent / "notebooks" / "sanitize.cfg"
+SANITIZE = Path(__file__).parents[1] / "notebooks" / "sanitize.cfg"
 
 
 @pytest.fixture(autouse=True)
