@@ -34,7 +34,8 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
-        "lab": Command("dsv3lib.course.lab", "open the course in JupyterLab"),
+        "lab": Command("dsv3lib.course.lab", "open your own copy of the course in JupyterLab"),
+        "progress": Command("dsv3lib.course.report", "say how far you are in the course, or hand it in"),
         "doctor": Command("dsv3lib.doctor", "say what this machine has, and what works without the rest"),
         "train": Command("dsv3lib.training.run.command", "train a small DeepSeek-V3 on real text"),
         "watch": Command("dsv3lib.viz.watch_command", "see the experts' load of a run, live in the browser"),

@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3lib.errors import CourseError
 from dsv3lib.files import write_whole
+
+HIDDEN, FILE = ".dsv3", "progress.json"
+"""Where the progress lies in a learner's folder."""
 
 VARIABLE = "DSV3_PROGRESS"
 """Environment variable that names the progress file."""
@@ -59,6 +63,41 @@ class Record:
         except OSError:
             return {section: {} for section in _SECTIONS}
 
+    def read_strictly(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return all entries, as :meth:`read` does, for a command that a learner waits for.
+
+        Raises:
+            CourseError: the file is there and cannot be read; it is left as it is.
+        """
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+            return {section: _entries(raw, section) for section in _SECTIONS}
+        except FileNotFoundError:
+            return {section: {} for section in _SECTIONS}
+        except (OSError, ValueError, TypeError) as error:
+            raise CourseError(
+                f"the progress file {self.path} cannot be read ({error}); expected JSON with the tables "
+                f"{' and '.join(_SECTIONS)}. Mend it, or move it away to begin without progress"
+            ) from error
+
+    def forget(self, lesson: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Take a lesson's entries out of the file; return them.
+
+        Args:
+            lesson: its short name, as in ``"mla"``.
+
+        Raises:
+            SaveError: the file cannot be written.
+        """
+        everything = self.read()
+        taken: dict[str, dict[str, dict[str, Any]]] = {}
+        for section, entries in everything.items():
+            taken[section] = {key: entry for key, entry in entries.items() if key.partition(".")[0] == lesson}
+            everything[section] = {key: entry for key, entry in entries.items() if key not in taken[section]}
+        if any(taken.values()):
+            self._write({"format": _FORMAT, **everything})
+        return taken
+
     def entry(self, section: str, key: str) -> dict[str, Any]:
         """Return one entry, or an empty one."""
         return dict(self.read()[section].get(key, {}))
@@ -72,6 +111,9 @@ class Record:
             self._write({"format": _FORMAT, **everything})
         except OSError as error:
             return f"Your progress could not be kept: {error}."
+        from dsv3lib.course import overview  # it reads this file
+
+        overview.refresh(self.path)
         return ""
 
     def _write(self, content: dict[str, Any]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jupyterlab_page import CHROMIUM_FLAGS, VIEWPORT, LabPage
-from jupyterlab_server import DARK, LabServer, serve
+from lab_page import CHROMIUM_FLAGS, VIEWPORT, LabPage
+from lab_server import DARK, LabServer, serve
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from sample_notebook import write_sample
+
+from dsv3lib.course.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,11 +34,10 @@ def chromium(browser_path: str) -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def course_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small lesson and a copy of the course's notebooks, so that a test changes neither."""
+    """A learner's own copy of the course, made as ``dsv3 lab`` makes it, and the small lesson beside it."""
     root = tmp_path_factory.mktemp("course")
+    Workspace(root).prepare(ROOT)
     write_sample(root)
-    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        shutil.copy(path, root)
     return root
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from jupyterlab_page import VIEWPORT, LabPage
-from jupyterlab_server import LabServer
+from lab_page import VIEWPORT, LabPage
+from lab_server import LabServer
 from playwright.sync_api import Browser, Page
 
 from dsv3lib.config import ModelConfig

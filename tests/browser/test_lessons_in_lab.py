@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jupyterlab_page import LabPage
-from jupyterlab_server import LabServer
+from lab_page import LabPage
+from lab_server import LabServer
 
 from dsv3lib.course.exercises import of_lesson
 from dsv3lib.course.notebooks import stems

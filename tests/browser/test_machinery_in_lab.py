@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from jupyterlab_page import LabPage
-from jupyterlab_server import LabServer
+from lab_page import LabPage
+from lab_server import LabServer
 from sample_notebook import BROKEN, RIGHT, WRONG
 
 OpenPage = Callable[[LabServer], LabPage]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dsv3lib.course import lab
+from dsv3lib.course.workspace import Workspace
 from dsv3lib.errors import CourseError
 
 START_TIMEOUT = 60  # seconds that JupyterLab may take to say its address
@@ -44,15 +45,12 @@ def test_from_elsewhere_it_is_the_checkout_of_the_package(tmp_path):
     assert lab.find_course(empty, package=other / "dsv3lib", installed=tmp_path / "none") == other
 
 
-def test_an_installed_course_is_copied_once_and_kept(tmp_path):
-    installed = make_course(tmp_path / "share") / "notebooks"
+def test_without_a_checkout_it_is_what_a_wheel_installed(tmp_path):
+    share = make_course(tmp_path / "share")
     empty = tmp_path / "empty"
     empty.mkdir()
-    course = lab.find_course(empty, package=tmp_path / "site" / "dsv3lib", installed=installed)
-    copy = course / "notebooks" / lab.FIRST
-    copy.write_text("my answers")
-    assert lab.find_course(empty, package=tmp_path / "site" / "dsv3lib", installed=installed) == course
-    assert copy.read_text() == "my answers"
+    found = lab.find_course(empty, package=tmp_path / "site" / "dsv3lib", installed=share / "notebooks")
+    assert found == share and not list(empty.iterdir())
 
 
 def test_no_course_anywhere_is_told(tmp_path):
@@ -136,14 +134,24 @@ def status_of(address: str, deadline: float) -> int:
             time.sleep(0.1)
 
 
-def test_the_server_opens_the_first_notebook_and_wants_its_token(tmp_path):
+def test_progress_and_layout_are_the_learners_unless_the_environment_says_so(tmp_path):
+    own = Workspace(tmp_path)
+    made = lab.lab_environment({}, own)
+    assert made["DSV3_PROGRESS"] == str(own.progress) and made["JUPYTERLAB_WORKSPACES_DIR"].startswith(
+        str(own.hidden)
+    )
+    assert lab.lab_environment({"DSV3_PROGRESS": "mine"}, own)["DSV3_PROGRESS"] == "mine"
+
+
+def test_the_server_opens_the_learners_overview_and_wants_its_token(tmp_path):
     course = make_course(tmp_path / "course")
+    own = tmp_path / "own"
     folders = {
         f"JUPYTER_{name}": str(tmp_path / name.lower()) for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
     }
     folders |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "JUPYTER_TOKEN": ""}
     port = free_port()
-    words = ["--no-browser", "--port", str(port), "--language", "de-DE"]
+    words = ["--no-browser", "--port", str(port), "--language", "de-DE", "--folder", str(own)]
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv3lib.cli", "lab", *words],
         cwd=course,
@@ -159,11 +167,16 @@ def test_the_server_opens_the_first_notebook_and_wants_its_token(tmp_path):
         while token is None and time.monotonic() < deadline:
             line = process.stdout.readline()
             assert line, "JupyterLab ended before it said its address"
-            token = re.search(rf"127\.0\.0\.1:{port}/lab/tree/notebooks/{lab.FIRST}\?token=(\w+)", line)
+            token = re.search(rf"127\.0\.0\.1:{port}/lab/tree/Overview\.md\?token=(\w+)", line)
         assert token, "JupyterLab did not say its address"
-        contents = f"http://127.0.0.1:{port}/api/contents/notebooks/{lab.FIRST}"
+        contents = f"http://127.0.0.1:{port}/api/contents/{lab.FIRST}"
         assert status_of(contents, deadline) == 403
         assert status_of(f"{contents}?token={token.group(1)}", deadline) == 200
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/lab?token={token.group(1)}", timeout=30)
+        with page:
+            text = page.read().decode()
+        assert '"news": {"disabled": true}' in text, "no pop-up asks for news"
+        assert "Markdown Preview" in text or (own / ".dsv3" / "settings" / "overrides.json").is_file()
     finally:
         process.terminate()
         try:

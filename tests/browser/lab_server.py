@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3lib.course.record import VARIABLE
+from dsv3lib.course.record import FILE, HIDDEN, VARIABLE
+from dsv3lib.course.workspace import Workspace
 
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
 START_SECONDS = 180
@@ -64,7 +65,7 @@ def serve(root: Path, home: Path, *, theme: str = LIGHT, locale: str = "") -> It
     if locale:
         _write(extensions / "translation-extension" / "plugin.jupyterlab-settings", {"locale": locale})
     token, port = secrets.token_hex(16), _free_port()
-    progress = home / "progress.json"
+    progress = Workspace(root).progress if (root / HIDDEN).is_dir() else home / FILE
     environment = {
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(folders["config"]),

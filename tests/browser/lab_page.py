@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jupyterlab_server import LabServer
+from lab_server import LabServer
 from playwright.sync_api import Locator, Page, TimeoutError
 
 CHROMIUM_FLAGS = [
