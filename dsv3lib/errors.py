@@ -13,6 +13,10 @@ class ConfigError(Dsv3Error, ValueError):
     """A model, training or pipeline configuration is unknown, contradictory or out of range."""
 
 
+class ScheduleError(ConfigError):
+    """A pipeline schedule cannot run: an action is missing, doubled, out of order, or waits for ever."""
+
+
 class InputError(Dsv3Error, ValueError):
     """An argument of a call has the wrong shape, dtype or value (token ids, masks, sampling settings)."""
 
