@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import fill, poisoned, spread
@@ -102,6 +103,42 @@ def test_gradient_of_the_weight_is_added_to_what_is_there(device, m, n, slices, 
     assert result is total and once.dtype == torch.float32
     assert mean_relative(once, expected) < AGREES
     assert mean_relative(total, 3 + expected) < AGREES
+
+
+@pytest.mark.parametrize(("generation", "row"), SHIPPED)
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 192, 256), (130, 90, 144)])
+def test_every_shipped_row_takes_widths_that_do_not_divide(device, generation, row, m, n, k):
+    """The last tiles of N and K are cut short: V3's 576 rows of kv_a_proj_with_mqa, forward and backward."""
+    if device.type == "cuda" and generation not in tuning.sources(device):
+        pytest.skip(f"settings of another generation, {generation}, may not fit this device")
+    draw = torch.Generator().manual_seed(n)
+    a, b = (torch.randn(rows, k, generator=draw) for rows in (m, n))
+    (a, a_scales), (b, b_scales) = padded_tiles(a), quantize_blocks(b)
+    given = [spread(t.to(device)) for t in (a, a_scales, b, b_scales)]
+    row = {name: value for name, value in row.items() if name != "when"}
+    with poisoned():
+        got = gemm_fp8(*given, torch.float32, settings=row)
+        half = gemm_fp8(*given, torch.bfloat16, settings=row)
+    assert got.shape == (m, n) and mean_relative(got, gemm_fp8_ref(*given, torch.float32)) < AGREES
+    assert mean_relative(half, got.bfloat16()) < 1e-5
+
+
+@pytest.mark.parametrize(("m", "n"), [(576, 384), (130, 40), (20, 90)])
+def test_gradients_of_weights_whose_widths_do_not_divide(device, m, n):
+    draw = torch.Generator().manual_seed(m)
+    a, b = (quantize_tiles(torch.randn(rows, 256, generator=draw).to(device)) for rows in (m, n))
+    total = torch.ones(m, n, device=device)
+    with poisoned():
+        once, result = wgrad(a, b), wgrad(a, b, total)
+    expected = gemm_fp8_ref(*a, *b, torch.float32)
+    assert result is total and mean_relative(once, expected) < AGREES
+    assert mean_relative(total, 1 + expected) < AGREES
+
+
+def padded_tiles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles of rows whose width does not divide, the last one cut short."""
+    values, scales = quantize_tiles(F.pad(x, (0, -x.shape[1] % 128)))
+    return values[:, : x.shape[1]], scales
 
 
 @pytest.mark.parametrize("m", [7, 40])

@@ -24,12 +24,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.checks import require_aligned, require_dtype, require_multiple, require_shape
+from ..toolchain.checks import ALIGNMENT, require_aligned, require_dtype, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
 from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
@@ -56,10 +57,11 @@ def gemm_fp8(
 
     Args:
         a: E4M3 [M, K], 1 x 128 tiles; any M.
-        a_scales: FP32 [M, K/128], of any strides: the transposed layout ([K/128, M].t()) is read with the fewest
+        a_scales: FP32 [M, ceil(K/128)], of any strides: the transposed layout ([K/128, M].t()) is read with the fewest
             transactions.
-        b: E4M3 [N, K]; N and K divide by 128.
-        b_scales: FP32, a scale per 128 x 128 block [N/128, K/128], or per 1 x 128 tile [N, K/128].
+        b: E4M3 [N, K]; any N, as V3's 576 rows of ``kv_a_proj_with_mqa`` ask, and any K whose rows lie on 16-byte
+            borders: the last tile of either is cut short.
+        b_scales: FP32, a scale per 128 x 128 block [ceil(N/128), ceil(K/128)], or per 1 x 128 tile [N, ceil(K/128)].
         out_dtype: BF16 or FP32.
         accumulate_into: FP32 [M, N] that the product is added to and that is returned.
         settings: block sizes and the like; the device's own when None.
@@ -81,15 +83,20 @@ def gemm_fp8(
     if settings is None:
         sizes = {"M": m, "N": n, "K": k, "OUT": out_dtype.itemsize, "TILED": int(tiled)}
         settings = tuning.pick("gemm_fp8", a.device, **sizes)
-    c = accumulate_into if accumulate_into is not None else a.new_empty(m, n, dtype=out_dtype)
+    width = n if settings["FEW_ROWS"] else _padded(n, out_dtype)
+    c = a.new_empty(m, width, dtype=out_dtype)[:, :n]
+    if accumulate_into is not None and c.stride(0) == n:
+        c = accumulate_into
+    if tiled and n % TILE:  # the last tile of columns reads scales past the last row
+        b_scales = F.pad(b_scales, (0, 0, 0, -n % TILE))
     launch = launch_few_rows if settings["FEW_ROWS"] else _launch
     if TILE % settings["BLOCK_N"]:
         raise KernelError(f"gemm_fp8: BLOCK_N is {settings['BLOCK_N']}, expected a divisor of {TILE}")
     if tiled and settings["HALVES"] != 1:
         raise KernelError(f"gemm_fp8: HALVES is {settings['HALVES']}, expected 1 for tiles on both sides")
     with on_device(a):
-        launch(a, a_scales, b, b_scales, c, tiled, accumulate_into is not None, dict(settings))
-    return c
+        launch(a, a_scales, b, b_scales, c, tiled, c is accumulate_into, dict(settings))
+    return c if accumulate_into is None or c is accumulate_into else accumulate_into.add_(c)
 
 
 def gemm_fp8_ref(
@@ -106,8 +113,10 @@ def gemm_fp8_ref(
         sums: what products and sums are taken in, FP32 as in the kernel; FP64 shows the rounding of that.
     """
     total = a.new_zeros(a.shape[0], b.shape[0], dtype=sums)
-    per_row = b_scales if b_scales.shape[0] == b.shape[0] else b_scales.repeat_interleave(TILE, 0)
-    for s in range(a.shape[1] // TILE):
+    per_row = b_scales
+    if b_scales.shape[0] != b.shape[0]:
+        per_row = b_scales.repeat_interleave(TILE, 0)[: b.shape[0]]
+    for s in range(a_scales.shape[1]):
         k = slice(s * TILE, (s + 1) * TILE)
         product = a[:, k].to(sums) @ b[:, k].to(sums).t()
         total += product * (a_scales[:, s, None].to(sums) * per_row[None, :, s].to(sums))
@@ -162,7 +171,7 @@ def gemm_fp8_kernel(
 ):  # fmt: skip
     """Tiles of HALVES · BLOCK_M rows and BLOCK_N columns, ``programs`` of them at a time."""
     tiles_m = tl.cdiv(M, BLOCK_M * HALVES)
-    tiles_n = N // BLOCK_N
+    tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
         row, col = tile_m * (BLOCK_M * HALVES), tile_n * BLOCK_N
@@ -171,7 +180,7 @@ def gemm_fp8_kernel(
         if TILED:
             b_scale = b_scales + row_offset(col + tl.arange(0, BLOCK_N), stride_bn)
             first = sum_of_tiled_slices(
-                a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, 0, K // 128,
+                a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, 0, tl.cdiv(K, 128),
                 BLOCK_M, BLOCK_N, num_stages,
             )  # fmt: skip
         else:
@@ -179,7 +188,7 @@ def gemm_fp8_kernel(
             next_half = row_offset(tl.full((), BLOCK_M, tl.int32), stride_am)
             first, second = sum_of_slices(
                 a, b, row, col, scale, rows < M, b_scale, stride_ak, stride_bk, next_half, rows + BLOCK_M < M,
-                K // 128, BLOCK_M, BLOCK_N, HALVES,
+                tl.cdiv(K, 128), BLOCK_M, BLOCK_N, HALVES,
             )  # fmt: skip
         if ADD:
             first += c.load([row, col])
@@ -202,15 +211,14 @@ def _check(
         require_dtype(name, label, values, (E4M3,))
         if values.numel():
             require_aligned(name, label, values)
-    require_multiple(name, "N", n, TILE)
-    require_multiple(name, "K", k, TILE)
+    rows, slices = -(-n // TILE), -(-k // TILE)
     for label, scales in (("a_scales", a_scales), ("b_scales", b_scales)):
         require_dtype(name, label, scales, (torch.float32,))
-    require_shape(name, "a_scales (1 x 128 tiles)", a_scales, (m, k // TILE))
-    if b_scales.shape not in ((n, k // TILE), (n // TILE, k // TILE)):
+    require_shape(name, "a_scales (1 x 128 tiles)", a_scales, (m, slices))
+    if b_scales.shape not in ((n, slices), (rows, slices)):
         raise KernelError(
-            f"{name}: b_scales has shape {list(b_scales.shape)}, expected [{n // TILE}, {k // TILE}] for 128 x 128 "
-            f"blocks or [{n}, {k // TILE}] for 1 x 128 tiles"
+            f"{name}: b_scales has shape {list(b_scales.shape)}, expected [{rows}, {slices}] for 128 x 128 "
+            f"blocks or [{n}, {slices}] for 1 x 128 tiles"
         )
     if out_dtype not in OUTPUTS:
         raise KernelError(f"{name}: out_dtype is {out_dtype}, expected torch.bfloat16 or torch.float32")
@@ -223,11 +231,16 @@ def _check(
             )
 
 
+def _padded(n: int, dtype: torch.dtype) -> int:
+    """Columns of a result whose rows begin on 16-byte borders, as the copy engine writes them."""
+    return n + -n % (ALIGNMENT // dtype.itemsize)
+
+
 def _launch(a, a_scales, b, b_scales, c, tiled: bool, add: bool, settings: dict[str, Any]) -> None:
     per_processor = settings.pop("PER_PROCESSOR")
     settings.pop("FEW_ROWS")
     rows, cols = settings["BLOCK_M"], settings["BLOCK_N"]
-    tiles = triton.cdiv(a.shape[0], rows * settings["HALVES"]) * (b.shape[0] // cols)
+    tiles = triton.cdiv(a.shape[0], rows * settings["HALVES"]) * triton.cdiv(b.shape[0], cols)
     programs = min(processors(a.device) * per_processor, tiles)
     gemm_fp8_kernel[(programs,)](
         describe(a, rows, TILE), describe(b, cols, TILE), describe(c, rows, cols), a_scales, b_scales,

@@ -30,7 +30,7 @@ def launch_few_rows(
     settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """c (+)= A Bᵀ; arguments as ``gemm_fp8`` has checked them."""
-    m, n, slices = a.shape[0], b.shape[0], a.shape[1] // TILE
+    m, n, slices = a.shape[0], b.shape[0], triton.cdiv(a.shape[1], TILE)
     wanted = processors(a.device) * settings.pop("PER_PROCESSOR")
     settings.pop("FEW_ROWS")
     rows, cols = settings["BLOCK_M"], settings["BLOCK_N"]
@@ -43,7 +43,7 @@ def launch_few_rows(
     gemm_fp8_few_rows_kernel[(tiles, parts)](
         describe(a, rows, TILE), describe(b, cols, TILE), out, a_scales, b_scales,
         m, n, slices * TILE, *a_scales.stride(), *b_scales.stride(), m * n, n, part_slices,
-        TILED=tiled, **settings,
+        TILED=tiled, CUT=bool(n % cols), **settings,
     )  # fmt: skip
     if not direct:
         adding = tuning.pick("sum_of_parts", a.device)
@@ -66,13 +66,17 @@ def scaled(total, x, y, factor, factor_b, SWAP: tl.constexpr, TILED: tl.constexp
 def gemm_fp8_few_rows_kernel(
     a, b, out, a_scales, b_scales, M, N, K, stride_am, stride_ak, stride_bn, stride_bk, stride_part, stride_out,
     part_slices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, SWAP: tl.constexpr,
-    TILED: tl.constexpr,
+    TILED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """HALVES · BLOCK_N columns over one part of K, written to ``out[part]``; with SWAP computed as Cᵀ = B Aᵀ."""
+    """HALVES · BLOCK_N columns over one part of K, written to ``out[part]``; with SWAP computed as Cᵀ = B Aᵀ.
+
+    CUT: the last of the columns' tiles reaches past N, which a store must not.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     row = tl.program_id(0) % tiles_m * BLOCK_M  # neighbours read the same weights
     col = tl.program_id(0) // tiles_m * (BLOCK_N * HALVES)
-    col_next = tl.minimum(col + BLOCK_N, N - BLOCK_N)  # the second half: where there is none, the first again
+    last = tl.cdiv(N, BLOCK_N) * BLOCK_N - BLOCK_N if CUT else N - BLOCK_N
+    col_next = tl.minimum(col + BLOCK_N, last)  # the second half: where there is none, the first again
     part = tl.program_id(1)
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     start = part * part_slices
@@ -102,12 +106,14 @@ def gemm_fp8_few_rows_kernel(
     where = out + row_offset(part, stride_part) + row_offset(rows, stride_out)[:, None] + cols[None, :]
     inside = (rows < M)[:, None]
     first = first.T if SWAP else first
+    kept = inside & (col + cols < N)[None, :] if CUT else inside
     # [BLOCK_M, BLOCK_N]
-    tl.store(where + col, first if out.dtype.element_ty == tl.float32 else to_bf16(first), mask=inside)
+    tl.store(where + col, first if out.dtype.element_ty == tl.float32 else to_bf16(first), mask=kept)
     if HALVES == 2:
         second = second.T if SWAP else second
         second = second if out.dtype.element_ty == tl.float32 else to_bf16(second)
-        tl.store(where + col_next, second, mask=inside & (col_next > col))  # [BLOCK_M, BLOCK_N]
+        kept = inside & (col_next + cols < N)[None, :] if CUT else inside
+        tl.store(where + col_next, second, mask=kept & (col_next > col))  # [BLOCK_M, BLOCK_N]
 
 
 @jit

@@ -24,7 +24,7 @@ from ..toolchain.checks import require_aligned, require_dtype, require_multiple,
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
 from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
-from .gemm import E4M3, gemm_fp8_ref
+from .gemm import E4M3, OUTPUTS, gemm_fp8_ref
 from .group_plan import make_plan, padded, rows_of_groups
 from .grouped_gemm import COUNTS
 
@@ -35,8 +35,9 @@ def grouped_gemm_fp8_ref(
     b: Float[Tensor, "G N K"],
     b_scales: Float[Tensor, "G blocks slices"],
     counts: Int[Tensor, " G"],
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "M N"]:
-    """The plain form: ``gemm_fp8_ref`` group by group, joined; BF16.
+    """The plain form: ``gemm_fp8_ref`` group by group, joined; any widths.
 
     Raises:
         KernelError: the counts do not sum to the rows.
@@ -45,7 +46,7 @@ def grouped_gemm_fp8_ref(
     if sum(sizes) != a.shape[0]:
         raise KernelError(f"grouped_gemm_fp8: counts sum to {sum(sizes)}, there are {a.shape[0]} rows")
     parts = zip(a.split(sizes), a_scales.split(sizes), b, b_scales, strict=True)
-    return torch.cat([gemm_fp8_ref(*part) for part in parts])
+    return torch.cat([gemm_fp8_ref(*part, out_dtype) for part in parts])
 
 
 def grouped_gemm_fp8(
@@ -55,6 +56,7 @@ def grouped_gemm_fp8(
     b_scales: Float[Tensor, "G blocks slices"],
     counts: Int[Tensor, " G"],
     settings: Mapping[str, Any] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "M N"]:
     """y = x Wᵀ for rows sorted by group, both in E4M3: the first ``counts[0]`` rows meet ``b[0]``, and so on.
 
@@ -67,17 +69,20 @@ def grouped_gemm_fp8(
         b_scales: FP32 [G, N/128, K/128], 128 x 128 blocks.
         counts: rows per group, summing to M; zero is allowed.
         settings: the device's own when None.
+        out_dtype: BF16 or FP32.
 
     Returns:
-        BF16 [M, N].
+        [M, N].
 
     Raises:
         KernelError: a dtype, shape, stride or alignment that the kernel cannot take, or a GPU without E4M3.
     """
     _check("grouped_gemm_fp8", a, a_scales, b, b_scales, counts)
+    if out_dtype not in OUTPUTS:
+        raise KernelError(f"grouped_gemm_fp8: out_dtype is {out_dtype}, expected bfloat16 or float32")
     if not on_triton(a, a_scales, b, b_scales, counts):
-        return grouped_gemm_fp8_ref(a, a_scales, b, b_scales, counts)
-    return _launch(a, a_scales, b, b_scales, counts, None, settings)
+        return grouped_gemm_fp8_ref(a, a_scales, b, b_scales, counts, out_dtype)
+    return _launch(a, a_scales, b, b_scales, counts, None, settings, out_dtype)
 
 
 def grouped_gemm_fp8_masked_ref(
@@ -247,11 +252,13 @@ def grouped_fp8_kernel(
             )  # fmt: skip
             where = out + row_offset(rows, stride_om)[:, None] + cols[None, :]
             first = tl.where(group < groups, first, float("nan"))  # rows that belong to no group
-            tl.store(where, to_bf16(first), mask=(rows < end)[:, None])
+            first = first if out.dtype.element_ty == tl.float32 else to_bf16(first)
+            tl.store(where, first, mask=(rows < end)[:, None])
             if HALVES == 2:
                 where += row_offset(tl.full((), BLOCK_M, tl.int32), stride_om)
                 second = tl.where(group < groups, second, float("nan"))
-                tl.store(where, to_bf16(second), mask=(rows + BLOCK_M < end)[:, None])
+                second = second if out.dtype.element_ty == tl.float32 else to_bf16(second)
+                tl.store(where, second, mask=(rows + BLOCK_M < end)[:, None])
 
 
 @jit
@@ -283,13 +290,13 @@ def grouped_wgrad_fp8_kernel(
 
 def _launch(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor, capacity: int | None,
-    settings: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None, out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     require_fp8("grouped_gemm_fp8", a.device)
     groups, n, k = b.shape
     rows = a.shape[0]
     if rows == 0 or n == 0 or k == 0:
-        return a.new_zeros(rows, n, dtype=torch.bfloat16)
+        return a.new_zeros(rows, n, dtype=out_dtype)
     if settings is None:
         sizes = {"M": rows, "N": n, "K": k, "G": groups, "ROWS": rows // groups}
         settings = tuning.pick("grouped_gemm_fp8", a.device, **sizes)
@@ -297,7 +304,7 @@ def _launch(
     block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
     if TILE % block_n:
         raise KernelError(f"grouped_gemm_fp8: BLOCK_N is {block_n}, expected a divisor of {TILE}")
-    out = a.new_empty(rows, n, dtype=torch.bfloat16)
+    out = a.new_empty(rows, n, dtype=out_dtype)
     with on_device(a):
         plan = make_plan(counts, rows, capacity, block_m * chosen["HALVES"])
         programs = min(processors(a.device) * chosen.pop("PER_PROCESSOR"), len(plan) * (n // block_n))

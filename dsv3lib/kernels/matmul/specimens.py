@@ -48,7 +48,7 @@ def _gemm_few_rows(common: Mapping[str, str]) -> list[Specimen]:
     def few_rows(variant: str, kind: str) -> Specimen:
         extra = {"out": kind, "stride_part": "i64", "stride_out": "i32", "part_slices": "i32"}
         return Specimen(
-            "gemm_fp8", gemm_fp8_few_rows_kernel, common | extra, lambda row: {"TILED": False}, variant,
+            "gemm_fp8", gemm_fp8_few_rows_kernel, common | extra, lambda row: {"TILED": False, "CUT": False}, variant,
             rows=lambda row: bool(row["FEW_ROWS"]),
             divisible=("N", "K", "stride_part", "stride_out"), matrix="fp8", fp8=True,
         )  # fmt: skip
