@@ -130,11 +130,11 @@ class ArithmeticDomain(Domain):
         return f"seed-{self.seed}"
 
 
-def _held_in_memory(name: str, texts: dict[str, str]) -> ListedDomain:
+def held_in_memory(name: str, texts: dict[str, str]) -> ListedDomain:
     return ListedDomain(name, {key: len(text.encode()) for key, text in texts.items()}, texts.__getitem__)
 
 
-def _code() -> Domain:
+def code_domain() -> Domain:
     root = Path(sysconfig.get_path("stdlib"))
     sizes = {}
     for file in sorted(root.rglob("*.py")):
@@ -156,7 +156,7 @@ def _code() -> Domain:
     )
 
 
-def _docs() -> Domain:
+def docs_domain() -> Domain:
     """Python's help topics. Long topics quote short ones, so a paragraph counts only where it is met first.
 
     Without this the same paragraph could be in training and in validation.
@@ -175,7 +175,7 @@ def _docs() -> Domain:
             length += len(paragraph)
         if paragraphs:
             texts[f"{topic}/{part:03d}"] = "\n\n".join(paragraphs) + "\n"
-    return _held_in_memory("docs", texts)
+    return held_in_memory("docs", texts)
 
 
 def _translations(catalogue: Path) -> Iterable[str]:
@@ -198,7 +198,7 @@ def _translations(catalogue: Path) -> Iterable[str]:
                 yield form
 
 
-def _language(name: str) -> Domain:
+def language_domain(name: str) -> Domain:
     locale = LANGUAGE_PACKS[name]
     module = f"jupyterlab_language_pack_{locale}"
     package = f"jupyterlab-language-pack-{locale.replace('_', '-')}"
@@ -219,7 +219,7 @@ def _language(name: str) -> Domain:
                 texts[f"{catalogue.stem}/{start // _MESSAGES_PER_DOCUMENT:03d}"] = "\n".join(chunk) + "\n"
     if not texts:
         raise DataError(f"domain {name!r}: the package {package} holds no message catalogue. {way_out}")
-    return _held_in_memory(name, texts)
+    return held_in_memory(name, texts)
 
 
 def builtin_domains(
@@ -246,5 +246,5 @@ def builtin_domains(
         raise DataError(
             f"no domain is left of names={tuple(names)} after without={tuple(without)}; keep at least one"
         )
-    makers = {"code": _code, "docs": _docs, "arithmetic": lambda: ArithmeticDomain(seed)}
-    return [makers[name]() if name in makers else _language(name) for name in wanted]
+    makers = {"code": code_domain, "docs": docs_domain, "arithmetic": lambda: ArithmeticDomain(seed)}
+    return [makers[name]() if name in makers else language_domain(name) for name in wanted]
