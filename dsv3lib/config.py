@@ -20,7 +20,7 @@ from .checks import is_integer, is_number, require, require_integer
 from .errors import ConfigError
 from .rope_settings import YarnScaling, as_floats, read_rope, yarn_temperature
 
-PRESETS = ("nano", "tiny", "v3-671b")
+PRESETS = ("nano", "tiny", "tiny-v3", "v3-671b")
 
 # Fields of released config.json files that describe the file or a framework's habits, not the model.
 _NOT_OF_THE_MODEL = frozenset(
@@ -216,7 +216,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """One of the shipped configurations: ``nano``, ``tiny`` or ``v3-671b``.
+        """One of the shipped configurations: ``nano``, ``tiny``, ``tiny-v3`` or ``v3-671b``.
 
         Raises:
             ConfigError: there is no preset of that name.

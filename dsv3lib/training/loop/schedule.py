@@ -3,8 +3,9 @@
 Step s counts from 1. The warm-up is W steps long and knows nothing of the run's length N; what comes after is a
 function of the share (s − D − 1) / (N − D). Where N is given, D is W. A run by the clock trains at once, measures
 itself, and fixes N after step D: at the end of the warm-up, or when a tenth of its time is gone, whichever comes
-first. N and D are written down before step D + 1: whoever resumes the run, at any step, finds either no N and no
-step that needed it, or the N that every later step used.
+first; with ``decide_at``, when that share of its time is gone. N and D are written down before step D + 1:
+whoever resumes the run, at any step, finds either no N and no step that needed it, or the N that every later
+step used.
 
 *Differs from the paper*: shares are of steps after the warm-up, the paper's of tokens. At its sizes (2000 of
 about 240,000 steps) the two are alike.
@@ -40,7 +41,9 @@ class Schedule:
             TrainingError: the step lies after the warm-up and the length of the run is not decided.
         """
         begin = self.config.warmup_steps if self.decided_after is None else self.decided_after
-        if step <= begin:
+        # By the clock with a late decision: all is constant until N is known, whatever the step.
+        late = self.config.decide_at is not None and self.total_steps is None
+        if step <= begin or late:
             return 0.0
         if self.total_steps is None:
             raise TrainingError(f"step {step}: the run's length must be decided by step {begin}, it is not")

@@ -37,6 +37,9 @@ class TrainingConfig:
 
     Args:
         steps, tokens, minutes: where to stop; exactly one is given.
+        decide_at: share of the minutes after which a run by the clock fixes its length, and the schedule's shares
+            begin; until then the learning rate is constant. On a busy machine a late decision hits the time
+            better. ``None``: at the end of the warm-up, at most a tenth.
         seed: of initialisation and data order.
         batch_size: sequences a step, when warmed up (15360). batch_size_start: at the first step (3072);
             ``None`` is a quarter of ``batch_size``. batch_warmup_steps: steps over which it grows (469B
@@ -66,6 +69,7 @@ class TrainingConfig:
     steps: int | None = None
     tokens: int | None = None
     minutes: Number | None = None
+    decide_at: Number | None = None
     seed: int = 0
     batch_size: int = 8
     batch_size_start: int | None = None
@@ -137,6 +141,11 @@ class TrainingConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value < 1, name, value, "at least 0 and below 1")
+        late = self.decide_at
+        require(
+            late is None or (self.minutes is not None and is_number(late) and 0 < late < 1), "decide_at", late,
+            "between 0 and 1, and minutes given beside it",
+        )  # fmt: skip
         shares = ("constant_share", "cosine_share", "rest_share")
         for name in (*shares, "rest_ratio", "tail_ratio"):
             value = getattr(self, name)

@@ -284,7 +284,10 @@ class Trainer:
         if self.total_steps is not None:
             return
         budget = config.minutes * 60.0
-        if self.steps_done < config.warmup_steps and self.seconds < MEASURING_SHARE * budget:
+        if config.decide_at is not None:
+            if self.steps_done < config.warmup_steps or self.seconds < config.decide_at * budget:
+                return
+        elif self.steps_done < config.warmup_steps and self.seconds < MEASURING_SHARE * budget:
             return
         recent = self._sequence_seconds[len(self._sequence_seconds) // 2 :]  # the first steps are slower
         total = steps_for_seconds(config, self.steps_done, budget - self.seconds, median(recent))

@@ -26,10 +26,13 @@ from ..loop.settings import TrainingConfig
 from ..loop.trainer import Record, Trainer
 from ..text.data import DEFAULT_FIM_RATE, PackedStream
 from ..text.folder import open_domains
+from ..text.full_text import FULL_WEIGHTS
+from ..text.mixture import MAX_PASSES, cap_passes
 from ..text.tokenizer import Tokenizer, default_tokenizer, train_tokenizer
 from . import folder as run_folder
 
-PRESETS = ("nano", "tiny")
+PRESETS = ("nano", "tiny", "tiny-v3")
+TEXTS = ("full", "small")
 DEFAULT_MINUTES = 2.0
 DEFAULT_SEQUENCE_LENGTH = 128
 # A run of minutes wants many small steps. Tiny, 100,000 tokens, learning rate 2e-3: validation loss 5.76 with 4
@@ -57,11 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--tokens", type=int, help="train on so many tokens")
     text = parser.add_argument_group("text")
     text.add_argument("--data", metavar="FOLDER", help="your own text instead of the text of this machine")
+    text.add_argument(
+        "--text", choices=TEXTS, help="how much of this machine's text: small opens at once, full (the default) "
+        "takes some seconds",
+    )  # fmt: skip
     text.add_argument("--without", nargs="+", metavar="DOMAIN", help="built-in domains to leave out")
     text.add_argument("--seq-len", type=int, help=f"tokens in a sequence ({DEFAULT_SEQUENCE_LENGTH})")
     text.add_argument(
         "--fim-rate", type=float, help=f"share of documents told with a hole ({DEFAULT_FIM_RATE})"
     )
+    text.add_argument(
+        "--max-passes", type=float, metavar="N", help=f"most passes over a domain ({MAX_PASSES:g}); its share of "
+        "the tokens is cut where a run of given length would read it more often",
+    )  # fmt: skip
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch-size", type=int, help=f"sequences a step ({DEFAULT_BATCH_SIZE})")
     recipe.add_argument("--learning-rate", type=float, help="the peak")
@@ -148,15 +159,17 @@ def _model_and_text(
     if args.no_mtp:
         model_config = model_config.replace(num_nextn_predict_layers=0)
     data = None if args.data is None else str(Path(args.data).resolve())
-    source = {"data": data, "without": list(args.without or ())}
-    domains, notes = open_domains(data, source["without"])
+    source = {"data": data, "without": list(args.without or ()), "text": _or(args.text, TEXTS[0])}
+    domains, notes = open_domains(data, source["without"], text=source["text"])
     tokenizer = _tokenizer_for(data, domains, model_config.vocab_size, notes)
-    for note in notes:
-        console.print(Text(f"note: {note}", style="yellow"))
     stream = PackedStream(
         domains, tokenizer, _or(args.seq_len, DEFAULT_SEQUENCE_LENGTH), seed=config.seed,
         fim_rate=_or(args.fim_rate, DEFAULT_FIM_RATE),
+        weights=FULL_WEIGHTS if data is None and source["text"] == "full" else None,
     )  # fmt: skip
+    notes += cap_passes(stream, _tokens_of(config, stream.seq_len), _or(args.max_passes, MAX_PASSES))
+    for note in notes:
+        console.print(Text(f"note: {note}", style="yellow"))
     model = _fresh_model(model_config.replace(vocab_size=tokenizer.vocab_size), config.seed, args.device)
     return model, stream, source
 
@@ -221,7 +234,8 @@ def _resumed(args: argparse.Namespace) -> Trainer:
     # The folder may have been moved since; whether it is the same text is seen by its fingerprint.
     data = source["data"] if args.data is None else args.data
     without = source["without"] if args.without is None else args.without
-    domains, _ = open_domains(data, without)
+    # Runs begun before there was a choice have the small text, and say nothing of it.
+    domains, _ = open_domains(data, without, text=_or(args.text, source.get("text", "small")))
     stream = PackedStream(
         domains,
         Tokenizer.from_pretrained(out / run_folder.TOKENIZER_FOLDER),
@@ -229,6 +243,7 @@ def _resumed(args: argparse.Namespace) -> Trainer:
         seed=config.seed,
         fim_rate=_or(args.fim_rate, text["fim_rate"]),
         validation_share=text["validation_share"],
+        weights=dict(zip(recorded["domains"], text["weights"], strict=True)),
     )
     return Trainer(_fresh_model(model_config, config.seed, args.device), stream, config, out=out, resume=True)
 
@@ -248,6 +263,13 @@ def _fresh_model(config: ModelConfig, seed: int, device: str | None) -> DeepSeek
     where = find_device(device)
     # Weights are drawn on the CPU: the same seed gives the same model everywhere.
     return DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).to(where)
+
+
+def _tokens_of(config: TrainingConfig, sequence_length: int) -> int | None:
+    """How many tokens a run reads, about; None where the clock decides."""
+    if config.steps is not None:
+        return config.steps * config.batch_size * sequence_length
+    return config.tokens
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -276,8 +298,16 @@ class _Lines:
 
     def __init__(self, trainer: Trainer) -> None:
         self._next = trainer.steps_done + 1
+        self._exhausted = {n for n, passes in trainer.stream.passes().items() if passes > MAX_PASSES}
 
     def __call__(self, trainer: Trainer, record: Record) -> None:
+        for name, passes in trainer.stream.passes().items():
+            if passes > MAX_PASSES and name not in self._exhausted:
+                self._exhausted.add(name)
+                tqdm.write(
+                    f"domain {name} is exhausted: read {MAX_PASSES:g} times, more of it teaches little",
+                    sys.stdout,
+                )
         step, total = record["step"], trainer.total_steps
         if step < self._next and step != total:
             return

@@ -148,6 +148,8 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
     Raises:
         TrainingError: they differ; the first field that does is named with both values.
     """
+    # A setting that is younger than the run has the value there that it has by default.
+    recorded = recorded | {"training": recorded_config(recorded).to_dict()}
     for part in _COMPARED if with_weights else _COMPARED[:-1]:
         difference = _first_difference(recorded.get(part), now[part], part)
         if difference is not None:

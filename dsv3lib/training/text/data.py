@@ -205,6 +205,24 @@ class PackedStream:
             body = self.tokenizer.encode(document.text)
         return np.array([self.tokenizer.bos_id, *body, self.tokenizer.eos_id], dtype=np.int64)
 
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Change the shares of the domains, before the first row.
+
+        Raises:
+            DataError: rows were given out already, or the shares are out of range.
+        """
+        if any(cursor.rows for cursor in self._cursors):
+            raise DataError("weights: the stream has begun; make a new one for another mixture")
+        self.weights = _normalised(self.domains, weights)
+
+    def passes(self) -> dict[str, float]:
+        """How often each finite domain has been read: 1.0 when every training document came once."""
+        return {
+            domain.name: cursor.epoch + cursor.position / domain.count
+            for domain, cursor in zip(self.domains, self._cursors, strict=True)
+            if domain.count is not None
+        }
+
     def state_dict(self) -> dict:
         """Where the stream stands, in a small dictionary that JSON can hold."""
         cursors = {}

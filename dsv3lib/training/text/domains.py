@@ -16,10 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dsv3lib.errors import DataError
 from dsv3lib.training.text.arithmetic import word_problem
 
+BuiltinText = Literal["small", "full"]
 LANGUAGE_PACKS = {"chinese": "zh_CN", "german": "de_DE", "french": "fr_FR", "spanish": "es_ES"}
 BUILTIN_DOMAINS = ("code", "docs", "chinese", "german", "french", "spanish", "arithmetic")
 # Shares of the training tokens. The language packs are small (27 to 140 KB): an equal share would repeat them
@@ -131,10 +133,12 @@ class ArithmeticDomain(Domain):
 
 
 def held_in_memory(name: str, texts: dict[str, str]) -> ListedDomain:
+    """A domain whose texts are few enough to be kept."""
     return ListedDomain(name, {key: len(text.encode()) for key, text in texts.items()}, texts.__getitem__)
 
 
 def code_domain() -> Domain:
+    """Sources of Python's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     sizes = {}
     for file in sorted(root.rglob("*.py")):
@@ -199,6 +203,7 @@ def _translations(catalogue: Path) -> Iterable[str]:
 
 
 def language_domain(name: str) -> Domain:
+    """JupyterLab's translations into one language, 32 messages a document."""
     locale = LANGUAGE_PACKS[name]
     module = f"jupyterlab_language_pack_{locale}"
     package = f"jupyterlab-language-pack-{locale.replace('_', '-')}"
@@ -223,14 +228,19 @@ def language_domain(name: str) -> Domain:
 
 
 def builtin_domains(
-    names: Sequence[str] = BUILTIN_DOMAINS, without: Sequence[str] = (), seed: int = 0
+    names: Sequence[str] = BUILTIN_DOMAINS,
+    without: Sequence[str] = (),
+    seed: int = 0,
+    text: BuiltinText = "small",
 ) -> list[Domain]:
-    """The domains made from text that comes with Python and JupyterLab.
+    """The domains made from text that comes with Python, JupyterLab and, if asked for, the rest of the machine.
 
     Args:
         names: which of ``BUILTIN_DOMAINS``, in the order wanted.
         without: names to leave out, for a machine that lacks one.
         seed: of the generated arithmetic; the others do not depend on it.
+        text: "small" opens at once; "full" is all there is, near-duplicates dropped (``full_text.py``), and
+            takes some seconds.
 
     Returns:
         One ``Domain`` for each name.
@@ -246,5 +256,9 @@ def builtin_domains(
         raise DataError(
             f"no domain is left of names={tuple(names)} after without={tuple(without)}; keep at least one"
         )
+    if text == "full":
+        from dsv3lib.training.text.full_text import full_domains  # it stands on this file
+
+        return full_domains(wanted, seed)
     makers = {"code": code_domain, "docs": docs_domain, "arithmetic": lambda: ArithmeticDomain(seed)}
     return [makers[name]() if name in makers else language_domain(name) for name in wanted]

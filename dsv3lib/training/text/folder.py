@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3lib.errors import DataError
-from dsv3lib.training.text.domains import Document, Domain, builtin_domains
+from dsv3lib.training.text.domains import BuiltinText, Document, Domain, builtin_domains
 
 PIECE_BYTES = 64 * 1024
 _CUT_WINDOW_BYTES = 8 * 1024  # how far after a multiple of PIECE_BYTES a line end is looked for
@@ -202,7 +202,10 @@ def _notes(skipped: list[tuple[str, str]]) -> list[str]:
 
 
 def open_domains(
-    data: str | os.PathLike | None = None, without: Sequence[str] = (), seed: int = 0
+    data: str | os.PathLike | None = None,
+    without: Sequence[str] = (),
+    seed: int = 0,
+    text: BuiltinText = "small",
 ) -> tuple[list[Domain], list[str]]:
     """The text to train on: the built-in domains, or those of a folder where one is given.
 
@@ -210,6 +213,7 @@ def open_domains(
         data: folder of anybody's own text, or None for the text of this machine.
         without: built-in domains to leave out.
         seed: of the generated arithmetic.
+        text: how much of the built-in text, see ``builtin_domains``.
 
     Returns:
         The domains, and notes for the user on what was skipped.
@@ -217,4 +221,6 @@ def open_domains(
     Raises:
         DataError: there is no text to learn from; the message names the way out.
     """
-    return folder_domains(data) if data is not None else (builtin_domains(without=without, seed=seed), [])
+    if data is not None:
+        return folder_domains(data)
+    return builtin_domains(without=without, seed=seed, text=text), []

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3lib.errors import DataError
-from dsv3lib.training import domains as small
-from dsv3lib.training.domains import ArithmeticDomain, Domain, ListedDomain
+from dsv3lib.training.text import domains as small
 from dsv3lib.training.text.catalogues import babel_names, system_catalogues, translations
 from dsv3lib.training.text.docstrings import PACKAGES, docstrings, documented_files
+from dsv3lib.training.text.domains import ArithmeticDomain, Domain, ListedDomain
 from dsv3lib.training.text.duplicates import Redundancy, drop_near_duplicates, first_of_each
 
 # The names of a language's folders in the system, and Babel's name for it.

@@ -7,13 +7,14 @@ may reach its cap by what it receives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 
 from dsv3lib.errors import DataError
-from dsv3lib.training.domains import Domain
-from dsv3lib.training.order import DocumentOrder, Split
-from dsv3lib.training.tokenizer import Tokenizer
+from dsv3lib.training.text.data import PackedStream
+from dsv3lib.training.text.domains import Domain
+from dsv3lib.training.text.order import DocumentOrder, Split
+from dsv3lib.training.text.tokenizer import Tokenizer
 
 MAX_PASSES = 4.0
 """Muennighoff et al. (2023): up to four passes over data are worth nearly as much as fresh data."""
@@ -78,13 +79,31 @@ def capped_weights(
         fixed |= over
 
 
-def mixture_note(
-    names: Sequence[str], wanted: Mapping[str, float], used: Mapping[str, float], max_passes: float | int
-) -> str | None:
-    """One sentence for the user on which shares the cap has cut, None where it cut none."""
+def cap_passes(stream: PackedStream, tokens: int | None, max_passes: float | int = MAX_PASSES) -> list[str]:
+    """Cut the shares of a fresh stream's domains so that none is read more than ``max_passes`` times.
+
+    Args:
+        stream: reweighed in place. tokens: of the whole run; None (a run by the clock) changes nothing.
+        max_passes: the cap.
+
+    Returns:
+        Notes for the user: which shares were cut, from what to what.
+    """
+    if tokens is None:
+        return []
+    names = stream.domain_names
+    wanted = dict(zip(names, stream.weights, strict=True))
+    available = {
+        domain.name: training_tokens(domain, split, stream.tokenizer)
+        for domain, split in zip(stream.domains, stream.splits, strict=True)
+    }
+    used = capped_weights(wanted, available, tokens, max_passes)
     cut = [
         f"{name} {wanted[name]:.1%} -> {used[name]:.1%}" for name in names if used[name] < wanted[name] - 1e-9
     ]
     if not cut:
-        return None
-    return f"little text: at most {max_passes:g} passes over a domain, so its share is cut ({', '.join(cut)})"
+        return []
+    stream.reweigh(used)
+    return [
+        f"little text: at most {max_passes:g} passes over a domain, so its share is cut ({', '.join(cut)})"
+    ]

@@ -285,7 +285,9 @@ def default_tokenizer(domains: Sequence[Domain] | None = None) -> Tokenizer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train a tokenizer and save it; the command line of this file."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3lib.training.text.tokenizer", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3lib.training.text.tokenizer", description=main.__doc__
+    )
     parser.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE)
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--data", help="folder of your own text instead of the built-in domains")
