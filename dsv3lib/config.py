@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -17,36 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from .checks import is_integer, is_number, require, require_integer
+from .config_json import FIXED, read_fields
 from .errors import ConfigError
-from .rope_settings import YarnScaling, as_floats, read_rope, yarn_temperature
+from .rope_settings import YarnScaling, as_floats, yarn_temperature
 
 PRESETS = ("nano", "tiny", "tiny-v3", "v3-671b")
-
-# Fields of released config.json files that describe the file or a framework's habits, not the model.
-_NOT_OF_THE_MODEL = frozenset(
-    "architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp ep_size "
-    "output_router_logits _name_or_path quantization_config attn_implementation _attn_implementation "
-    "output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder "
-    "id2label label2id problem_type".split()
-)
-# Fields that other code bases let vary and DeepSeek-V3 does not: accepted at this value only.
-_FIXED = {
-    "model_type": "deepseek_v3",
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "seq_aux": True,
-    "attention_dropout": 0.0,
-}
-
 
 _POSITIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+    "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
     "max_position_embeddings", "num_key_value_heads",
 )  # fmt: skip
+_MOST_ELEMENTS = 2**60  # of one tensor: eight bytes each are just within torch's 64 bits
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class ModelConfig:
         qk_nope_head_dim: d_h, content dimensions of a head's key.
         qk_rope_head_dim: d_h^R, decoupled rotary dimensions (even).
         v_head_dim: width of a head's value.
-        n_routed_experts: N_r. n_shared_experts: N_s. num_experts_per_tok: K_r.
+        n_routed_experts: N_r. n_shared_experts: N_s, may be 0. num_experts_per_tok: K_r.
         n_group: number of expert groups (nodes). topk_group: M, groups that one token may use.
         first_k_dense_replace: how many layers, from the first, are dense instead of mixtures.
         num_nextn_predict_layers: D, number of MTP modules.
@@ -80,7 +63,8 @@ class ModelConfig:
         tie_word_embeddings: one matrix for embedding and head (V3: two).
         aux_loss_alpha: α of the sequence-wise balance loss (Eq. 17); the released file omits it, the
             paper says 1e-4. mtp_loss_weight: λ of the MTP loss (Eq. 25).
-        bos_token_id, eos_token_id, pad_token_id: special tokens; ``None`` where there is none.
+        bos_token_id, eos_token_id, pad_token_id: special tokens; ``None`` where there is none. Several tokens
+            may end a text: ``eos_token_id`` is then a tuple.
 
     Raises:
         ConfigError: a value is missing, out of range or contradicts another; it names the field.
@@ -118,7 +102,7 @@ class ModelConfig:
     aux_loss_alpha: float = 1e-4
     mtp_loss_weight: float = 0.3
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_id: int | tuple | None = 1  # a tuple of integers
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
@@ -126,20 +110,21 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in _POSITIVE:
             require_integer(name, getattr(self, name), 1)
-        for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 0, name, value, "an integer >= 0")
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
+            require_integer(name, getattr(self, name), 0)
         if self.q_lora_rank is not None:
             require_integer("q_lora_rank", self.q_lora_rank, 1)
-        for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, name, value, "a finite number > 0")
-        for name in ("aux_loss_alpha", "mtp_loss_weight"):
+        scale, theta = self.routed_scaling_factor, self.rope_theta
+        require(is_number(scale) and scale > 0, "routed_scaling_factor", scale, "a finite number > 0")
+        grows = is_number(theta) and theta > 1
+        require(grows, "rope_theta", theta, "a finite number > 1: later pairs of dimensions turn more slowly")
+        for name in ("rms_norm_eps", "initializer_range", "aux_loss_alpha", "mtp_loss_weight"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, name, value, "a finite number >= 0")
         for name in ("norm_topk_prob", "rope_interleave", "attention_bias", "tie_word_embeddings"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         self._check_relations()
+        self._check_sizes()
 
     def _check_relations(self) -> None:
         heads, layers = self.num_attention_heads, self.num_hidden_layers
@@ -171,18 +156,30 @@ class ModelConfig:
         )  # fmt: skip
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            inside = value is None or (is_integer(value) and 0 <= value < self.vocab_size)
+            several = name == "eos_token_id" and isinstance(value, tuple) and len(value) > 0
+            ids = value if several else () if value is None else (value,)
+            inside = all(is_integer(i) and 0 <= i < self.vocab_size for i in ids)
             require(inside, name, value, f"null or an integer in [0, {self.vocab_size})")
-        if self.rope_scaling is not None:
-            is_yarn = isinstance(self.rope_scaling, YarnScaling)
+        is_yarn = self.rope_scaling is None or isinstance(self.rope_scaling, YarnScaling)
+        require(is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)")
+
+    def _check_sizes(self) -> None:
+        """Every matrix must be one that torch can address; on the meta device nothing else would stop it."""
+        d, heads = self.hidden_size, self.num_attention_heads
+        for name, elements in (
+            ("vocab_size", self.vocab_size * d),
+            ("intermediate_size", self.intermediate_size * d),
+            ("moe_intermediate_size", self.moe_intermediate_size * d * 2 * self.n_routed_experts),
+            ("n_shared_experts", self.moe_intermediate_size * d * self.n_shared_experts),
+            ("kv_lora_rank", self.latent_dim * d),
+            ("v_head_dim", heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank),
+            ("num_attention_heads", heads * (self.qk_head_dim + self.v_head_dim) * max(d, self.q_lora_rank or 0)),
+            ("q_lora_rank", (self.q_lora_rank or 0) * d),
+            ("hidden_size", 2 * d * d),
+        ):
             require(
-                is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)"
-            )
-            reach = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
-            require(
-                self.max_position_embeddings <= math.ceil(reach), "max_position_embeddings",
-                self.max_position_embeddings,
-                f"at most rope_scaling.factor x original_max_position_embeddings ({reach:g})",
+                elements <= _MOST_ELEMENTS, name, getattr(self, name),
+                f"a size whose matrix has at most 2^60 elements, not {elements:.1e}",
             )  # fmt: skip
 
     # ---- sizes that follow from the fields -------------------------------------------------------------
@@ -204,6 +201,12 @@ class ModelConfig:
         if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
             scale *= yarn_temperature(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, be it none, one or several."""
+        value = self.eos_token_id
+        return value if isinstance(value, tuple) else () if value is None else (value,)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -231,7 +234,7 @@ class ModelConfig:
         """Read a Hugging Face ``config.json`` (or the folder that holds one).
 
         Raises:
-            ConfigError: no such file, not JSON, an unknown field, or a contradiction.
+            ConfigError: no such file, not JSON, or as ``from_dict``.
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
@@ -244,74 +247,44 @@ class ModelConfig:
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: holds a {type(fields).__name__}, expected a JSON object")
         try:
-            return cls.from_dict(fields)
+            config, oddities = cls._read(fields)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        for oddity in oddities:
+            warnings.warn(f"{path}: {oddity}", stacklevel=2)
+        return config
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """Build from the fields of a ``config.json``; both ``rope_scaling`` and ``rope_parameters`` are read.
+        """Build from the fields of a ``config.json``, in any dialect that transformers reads (``config_json``).
+
+        What is odd about them and changes no number is told as a warning.
 
         Raises:
-            ConfigError: a field is unknown, missing, out of range or contradicts another.
+            ConfigError: a field is missing, out of range, of another architecture, or contradicts another.
         """
-        fields = {k: v for k, v in fields.items() if k not in _NOT_OF_THE_MODEL}
-        for name, only in _FIXED.items():
-            value = fields.pop(name, only)
-            require(value == only, name, value, f"{only!r}, the only value that DeepSeek-V3 uses")
-        # transformers writes sizes that follow from others, and its own name for the MTP depth.
-        head_dim = fields.pop("head_dim", None)
-        qk_head_dim = fields.pop("qk_head_dim", None)
-        for alias, name in (
-            ("num_mtp_layers", "num_nextn_predict_layers"),
-            ("num_local_experts", "n_routed_experts"),
-        ):
-            if alias in fields:
-                value = fields.pop(alias)
-                require(fields.setdefault(name, value) == value, alias, value, f"{name} ({fields[name]})")
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = fields["eos_token_id"][0] if fields["eos_token_id"] else None
-        fields.update(read_rope(fields))
-        # In config.json a null means «as the default», but for the three fields where null is a value.
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        nullable = {"q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"}
-        fields = {k: v for k, v in fields.items() if v is not None or k in nullable or k not in known}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(
-                    f"unknown field {name!r}; remove it, or see ModelConfig for the fields there are"
-                )
-        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
-        if missing:
-            raise ConfigError(
-                f"missing field {missing[0]!r}" + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
-            )
-        config = cls(**as_floats(cls, fields))
-        if head_dim is not None:
-            require(
-                head_dim == config.qk_rope_head_dim,
-                "head_dim",
-                head_dim,
-                f"qk_rope_head_dim ({config.qk_rope_head_dim})",
-            )
-        if qk_head_dim is not None:
-            require(
-                qk_head_dim == config.qk_head_dim,
-                "qk_head_dim",
-                qk_head_dim,
-                f"nope + rope ({config.qk_head_dim})",
-            )
+        config, oddities = cls._read(fields)
+        for oddity in oddities:
+            warnings.warn(oddity, stacklevel=2)
         return config
+
+    @classmethod
+    def _read(cls, fields: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+        known = {f.name: f.default is not dataclasses.MISSING for f in dataclasses.fields(cls)}
+        read, oddities = read_fields(fields, known)
+        return cls(**as_floats(cls, read)), oddities
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in a released ``config.json``, so that transformers reads them too."""
         fields: dict[str, Any] = {
             "architectures": ["DeepseekV3ForCausalLM"],
-            **_FIXED,
+            **FIXED,
             **dataclasses.asdict(self),
         }
         if self.rope_scaling is not None:
             fields["rope_scaling"] = {"type": "yarn", **fields["rope_scaling"]}
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
         return fields
 
     def replace(self, **changes: Any) -> ModelConfig:

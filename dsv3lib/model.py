@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,8 @@ class DeepSeekV3(nn.Module):
             while training.
         aux_loss_over: what the balance loss asks to be balanced, each "sequence" (Eqs. 17 to 20) or the whole
             "batch" (§4.5.3).
+        generation_config: fields of the checkpoint's ``generation_config.json``, where it has one; its end and
+            padding tokens go before the configuration's, and it is saved with the model.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DeepSeekV3(nn.Module):
         self.mtp_loss_weight = config.mtp_loss_weight
         self.aux_loss_alpha = config.aux_loss_alpha
         self.aux_loss_over = "sequence"
+        self.generation_config: dict[str, Any] | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -288,7 +291,7 @@ class DeepSeekV3(nn.Module):
             temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
             top_p: sample among the likeliest tokens that together hold this probability.
             speculative: the MTP modules draft, the model verifies: the same text in fewer passes.
-            stop_tokens: a row ends with the first of these; by default ``eos_token_id``.
+            stop_tokens: a row ends with the first of these; by default the checkpoint's end tokens.
             generator: source of the sampling.
             draft_tokens: drafts a pass, one per MTP module by default. statistics: counts what is accepted.
 

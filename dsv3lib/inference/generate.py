@@ -43,7 +43,8 @@ def generate(
         top_p: sample among the likeliest tokens that together hold this probability.
         speculative: let the MTP modules draft and the model verify (paper §5.4.3): the same tokens where
             greedy, the same distribution where sampled, in fewer steps.
-        stop_tokens: a row ends with the first of these; by default the configuration's ``eos_token_id``.
+        stop_tokens: a row ends with the first of these; by default all that the checkpoint's
+            ``generation_config.json`` names, else the configuration's ``eos_token_id``.
         lengths: [B], tokens of each prompt.
         generator: source of the sampling. Equal seeds give equal text, with and without speculation
             different ones.

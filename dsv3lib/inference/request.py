@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checkpoint.generation_config import padding_token
+from ..checkpoint.generation_config import stop_tokens as checkpoint_stop_tokens
 from ..errors import ContextLengthError, InputError
 from ..layers.cache import LatentCache
 from .sampling import Sampler
@@ -81,7 +83,7 @@ class Request:
                 f"max_position_embeddings ({limit}); shorten either"
             )
         if stop_tokens is None:
-            stop_tokens = () if config.eos_token_id is None else (config.eos_token_id,)
+            stop_tokens = checkpoint_stop_tokens(config, model.generation_config)
         for token in stop_tokens:
             if not 0 <= token < config.vocab_size:
                 raise InputError(f"stop_tokens: holds {token}, expected ids in [0, {config.vocab_size})")
@@ -91,7 +93,7 @@ class Request:
         ):  # fmt: skip
             if where.type != device.type:
                 raise InputError(f"{name}: on {where}, expected {device}, where the model is")
-        fill = next((t for t in (config.pad_token_id, config.eos_token_id) if t is not None), 0)
+        fill = padding_token(config, model.generation_config)
         return cls(
             input_ids.to(torch.int64), lengths, ragged, max_new_tokens, sampler, frozenset(stop_tokens), fill
         )

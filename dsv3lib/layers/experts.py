@@ -7,6 +7,7 @@ there is no capacity and nothing is dropped, in training or inference (paper §2
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,15 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        with warnings.catch_warnings():  # width 0, no shared expert, gives a tensor that torch finds odd
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            self.gate_proj = nn.Linear(hidden, width, bias=False)
+            self.up_proj = nn.Linear(hidden, width, bias=False)
+            self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         """The same for each token; on a CPU a few rows at a time, whose hidden values stay in its cache."""
-        rows = CACHED_VALUES // self.gate_proj.out_features
+        rows = CACHED_VALUES // max(self.gate_proj.out_features, 1)
         if x.device.type != "cpu" or x.numel() <= rows * x.shape[-1]:
             return self._swiglu(x)
         parts = x.flatten(0, -2).split(rows)

@@ -18,7 +18,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..rope_settings import YarnScaling, yarn_temperature
+from ..rope_settings import YarnScaling
 
 
 def yarn_ramp(scaling: YarnScaling, dim: int, theta: float) -> Float[Tensor, " half"]:
@@ -63,8 +63,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Float[Tensor, " half"], float
         return frequencies, 1.0
     ramp = yarn_ramp(scaling, dim, config.rope_theta)
     frequencies = frequencies * (1 - ramp) + frequencies / scaling.factor * ramp
-    temperature = yarn_temperature(scaling.factor, scaling.mscale)
-    return frequencies, temperature / yarn_temperature(scaling.factor, scaling.mscale_all_dim)
+    return frequencies, scaling.attention_factor
 
 
 class RotaryEmbedding(nn.Module):

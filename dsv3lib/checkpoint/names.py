@@ -1,0 +1,109 @@
+"""Names of stored tensors, and where each lives in the model.
+
+The released layout is one tensor per expert, and MTP modules as layers ``num_hidden_layers`` onwards with their
+own stored copies of embedding and head. In memory a layer's routed experts are stacked in two tensors, and
+neighbouring rotary dimensions are always pairs. All that differs is settled here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import ModelConfig
+
+if TYPE_CHECKING:
+    from ..model import DeepSeekV3
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_OF_MTP_ALONE = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
+
+
+class Entry(NamedTuple):
+    """Where a stored tensor lives in the model.
+
+    Args:
+        name: as stored.
+        target: the parameter or buffer.
+        at: which part of it (an expert, gate or up rows).
+    """
+
+    name: str
+    target: str
+    at: tuple[Any, ...] = ()
+
+
+def entries(model: DeepSeekV3) -> Iterator[Entry]:
+    """Every tensor of the checkpoint and its place in the model, in the model's order.
+
+    Args:
+        model: on any device, ``meta`` too.
+    """
+    width = model.config.moe_intermediate_size
+    for name in model.state_dict():
+        if name.endswith("experts.gate_up_proj"):
+            for j in range(model.config.n_routed_experts):
+                stem = name.removesuffix("gate_up_proj") + str(j)
+                yield Entry(f"{stem}.gate_proj.weight", name, (j, slice(0, width)))
+                yield Entry(f"{stem}.up_proj.weight", name, (j, slice(width, 2 * width)))
+        elif name.endswith("experts.down_proj"):
+            for j in range(model.config.n_routed_experts):
+                yield Entry(f"{name.removesuffix('down_proj')}{j}.down_proj.weight", name, (j,))
+        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            yield Entry(name, name)
+
+
+def copies(config: ModelConfig) -> Iterator[Entry]:
+    """The MTP modules' stored copies of embedding and head; in the model they are the main ones."""
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        yield Entry(f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight")
+        yield Entry(f"model.layers.{layer}.shared_head.head.weight", "lm_head.weight")
+
+
+def mtp_layers(names: list[str], config: ModelConfig) -> list[int]:
+    """Layers behind the main ones that are MTP modules by their tensors, in order.
+
+    Args:
+        names: all that a checkpoint holds.
+        config: ``num_hidden_layers`` is taken from it; how many modules it promises is not asked.
+    """
+    found = set()
+    for name in names:
+        layer, rest = split_layer(name)
+        if layer is not None and layer >= config.num_hidden_layers and rest.startswith(_OF_MTP_ALONE):
+            found.add(layer)
+    return sorted(found)
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """(3, "mlp.gate.weight") of "model.layers.3.mlp.gate.weight"; no number for what is in no layer."""
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def reorder_rope(
+    config: ModelConfig, name: str, tensor: Float[Tensor, "*rows"], to_halves: bool
+) -> Float[Tensor, "*rows"]:
+    """Rotary output rows between neighbours-are-pairs (the model) and two halves (``rope_interleave`` false).
+
+    Args:
+        config: sizes.
+        name: of the tensor; one without rotary rows is returned as it is.
+        tensor: a weight or its bias, rows first.
+        to_halves: the way: from pairs to halves, or back.
+    """
+    width, rope = config.qk_head_dim, config.qk_rope_head_dim
+    if ".kv_a_proj_with_mqa." in name:
+        width = config.latent_dim
+    elif ".q_b_proj." not in name and ".q_proj." not in name:
+        return tensor
+    pairs = torch.arange(rope).view(-1, 2).t().flatten()  # halves <- pairs: 0, 2, 4, …, 1, 3, 5, …
+    order = torch.arange(width)
+    order[width - rope :] = width - rope + (pairs if to_halves else pairs.argsort())
+    heads = tensor.unflatten(0, (-1, width))
+    return heads[:, order.to(tensor.device)].flatten(0, 1)
