@@ -167,15 +167,18 @@ class ModelConfig:
         """Every matrix must be one that torch can address; on the meta device nothing else would stop it."""
         d, heads = self.hidden_size, self.num_attention_heads
         for name, elements in (
+            ("hidden_size", 2 * d * d),
             ("vocab_size", self.vocab_size * d),
+            ("q_lora_rank", (self.q_lora_rank or 0) * d),
             ("intermediate_size", self.intermediate_size * d),
             ("moe_intermediate_size", self.moe_intermediate_size * d * 2 * self.n_routed_experts),
             ("n_shared_experts", self.moe_intermediate_size * d * self.n_shared_experts),
             ("kv_lora_rank", self.latent_dim * d),
             ("v_head_dim", heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank),
-            ("num_attention_heads", heads * (self.qk_head_dim + self.v_head_dim) * max(d, self.q_lora_rank or 0)),
-            ("q_lora_rank", (self.q_lora_rank or 0) * d),
-            ("hidden_size", 2 * d * d),
+            (
+                "num_attention_heads",
+                heads * (self.qk_head_dim + self.v_head_dim) * max(d, self.q_lora_rank or 0),
+            ),
         ):
             require(
                 elements <= _MOST_ELEMENTS, name, getattr(self, name),

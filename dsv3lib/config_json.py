@@ -144,7 +144,9 @@ def _read_relations(fields: dict[str, Any], oddities: list[str]) -> None:
     """Contradictions between two fields that leave the numbers as they are."""
     layers, dense = fields["num_hidden_layers"], fields.get("first_k_dense_replace")
     if is_integer(layers) and is_integer(dense) and dense > layers >= 1:
-        oddities.append(f"first_k_dense_replace: {dense} is more than the {layers} layers there are; all are dense")
+        oddities.append(
+            f"first_k_dense_replace: {dense} is more than the {layers} layers there are; all are dense"
+        )
         fields["first_k_dense_replace"] = layers
     scaling, longest = fields.get("rope_scaling"), fields.get("max_position_embeddings")
     if scaling is not None and is_integer(longest):

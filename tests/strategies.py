@@ -108,7 +108,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         elif "embed_tokens" in name:
             parameter.normal_(0.0, 1.0, generator=generator)
         else:
-            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+            parameter.normal_(0.0, max(parameter.shape[-1], 1) ** -0.5, generator=generator)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # mostly below -1: biased scores on both sides of zero
             buffer.uniform_(-1.5, 0.3, generator=generator)

@@ -53,7 +53,10 @@ def test_a_whole_run_writes_what_it_measured(tmp_path) -> None:
     from picture import draw
 
     draw(read, tmp_path / "cpu.svg")
-    assert "times as fast" in (tmp_path / "cpu.svg").read_text() or (tmp_path / "cpu.svg").stat().st_size > 10_000
+    assert (
+        "times as fast" in (tmp_path / "cpu.svg").read_text()
+        or (tmp_path / "cpu.svg").stat().st_size > 10_000
+    )
 
 
 @torch.inference_mode()
@@ -98,7 +101,9 @@ def test_bounds_follow_the_machine() -> None:
     assert bounds.prefill_seconds(SMALL, 64, slow) == 2 * bounds.prefill_seconds(SMALL, 64, fast)
     assert bounds.decode_seconds(model, 64, slow) == 2 * bounds.decode_seconds(model, 64, fast)
     assert bounds.decode_seconds(model, 640, slow) > bounds.decode_seconds(model, 64, slow)
-    assert bounds.train_seconds(SMALL, 2, 64, slow) == pytest.approx(6 * bounds.prefill_seconds(SMALL, 64, slow))
+    assert bounds.train_seconds(SMALL, 2, 64, slow) == pytest.approx(
+        6 * bounds.prefill_seconds(SMALL, 64, slow)
+    )
 
 
 def test_products_are_recorded_as_a_step_makes_them() -> None:

@@ -90,7 +90,9 @@ def open_stored(folder: Path, stack: ExitStack) -> Stored:
             where = f"{held} does; correct the index or fetch it again" if held else "no shard does"
             raise CheckpointError(f"{folder}: {INDEX} promises {name}, which {file} does not hold; {where}")
     return Stored(
-        folder, {name: opened[file] for name, file in weight_map.items()}, _oddities(folder, weight_map, holders)
+        folder,
+        {name: opened[file] for name, file in weight_map.items()},
+        _oddities(folder, weight_map, holders),
     )
 
 
@@ -98,7 +100,10 @@ def _oddities(folder: Path, weight_map: dict[str, str], holders: dict[str, list[
     """What lies in the files and does not count, in words."""
     found = []
     stray = [
-        f"{name} in {file}" for name, files in holders.items() for file in files if weight_map.get(name) != file
+        f"{name} in {file}"
+        for name, files in holders.items()
+        for file in files
+        if weight_map.get(name) != file
     ]
     if stray:
         some = ", ".join(stray[:_EXAMPLES]) + (", …" if len(stray) > _EXAMPLES else "")

@@ -25,8 +25,13 @@ def test_a_stale_table_and_missing_marks_are_seen():
 
 
 def test_the_floor_is_the_larger_of_the_two_times():
-    rows = {line.split(" | ")[0] + line.split(" | ")[1]: line for line in kernel_page.table_of_numbers().splitlines()}
-    assert rows["| `gemm_fp8`4096 × 24576 × 7168"].endswith("| 729 | arithmetic |")  # 1.443 TFLOP at 1979 TFLOP/s
+    rows = {
+        line.split(" | ")[0] + line.split(" | ")[1]: line
+        for line in kernel_page.table_of_numbers().splitlines()
+    }
+    assert rows["| `gemm_fp8`4096 × 24576 × 7168"].endswith(
+        "| 729 | arithmetic |"
+    )  # 1.443 TFLOP at 1979 TFLOP/s
     assert rows["| `gemm_fp8`64 × 24576 × 7168"].endswith("| 37 | memory |")  # 0.18 GB at 4.8 TB/s
 
 

@@ -136,5 +136,7 @@ def test_what_does_not_compile_is_named():
         aot.compile_build(aot.Build(specimen, HOPPER, {"when": {}, "BLOCK": 128}))
     with pytest.raises(KernelError, match="'BLOCK'"):
         aot.compile_build(aot.Build(aot.Specimen("bad", _careful_kernel, TYPES), HOPPER, {"when": {}}))
-    with pytest.raises(KernelError, match="(?s)because: .*no_such_thing"):  # the fault lies in a called function
+    with pytest.raises(
+        KernelError, match="(?s)because: .*no_such_thing"
+    ):  # the fault lies in a called function
         made_of(_calling_kernel, 128)
