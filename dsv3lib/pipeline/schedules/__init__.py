@@ -24,7 +24,7 @@ class Kind:
 
     Args:
         build: (stages, microbatches) → schedule. least: micro-batches for each rank that it needs.
-        even: whether ranks and micro-batches must be even numbers. grouped: whether micro-batches go in equal groups.
+        even: whether ranks and micro-batches must be even numbers.
         title: how it is written in text.
     """
 
@@ -32,14 +32,13 @@ class Kind:
     title: str
     least: int = 0
     even: bool = False
-    grouped: bool = False
 
 
 SCHEDULES: Mapping[str, Kind] = MappingProxyType(
     {
         "gpipe": Kind(gpipe, "GPipe"),
         "1f1b": Kind(one_f_one_b, "1F1B"),
-        "interleaved": Kind(interleaved, "interleaved 1F1B", least=1, grouped=True),
+        "interleaved": Kind(interleaved, "interleaved 1F1B", least=1),
         "zb1p": Kind(zb1p, "ZB1P"),
         "zbv": Kind(zbv, "ZBV", least=2),
         "dualpipe": Kind(dualpipe, "DualPipe", least=2, even=True),
@@ -85,10 +84,3 @@ def check_sizes(name: str, stages: int, microbatches: int) -> None:
         microbatches >= least, "microbatches", microbatches,
         f"at least {least} ({kind.least} x {stages} stages): {name!r} has that many in flight before it turns",
     )  # fmt: skip
-    groups = max(1, microbatches // stages)
-    if kind.grouped:
-        require(
-            microbatches % groups == 0, "microbatches", microbatches,
-            f"a multiple of {groups}: {name!r} takes them in {groups} equal groups of at least {stages} "
-            f"(for example {microbatches - microbatches % groups})",
-        )  # fmt: skip

@@ -17,10 +17,11 @@ def interleaved(stages: int, microbatches: int) -> Schedule:
 
     Args:
         stages: ranks, at least 1.
-        microbatches: at least ``stages``, in equal groups of at least ``stages``: a multiple of their number.
+        microbatches: at least ``stages``; in equal groups, as small as a divisor allows. A multiple of ``stages`` is
+            best: a larger group keeps more activations alive.
     """
-    groups = max(1, microbatches // stages)
-    size = microbatches // groups
+    size = next(size for size in range(min(stages, microbatches), microbatches + 1) if microbatches % size == 0)
+    groups = microbatches // size
     forwards = [
         Action("F", chunk, group * size + i)
         for group in range(groups)
