@@ -154,7 +154,7 @@ def test_bundle_holds_picture_and_alt_text() -> None:
     data = style.bundle(fig, "An empty frame.", 'Nothing is drawn: "empty" & <small>.')
     picture = re.search(r'src="data:image/png;base64,([^"]+)"', data["text/html"])
     assert picture and base64.b64decode(picture.group(1)).startswith(b"\x89PNG")
-    assert data["text/plain"] == "Figure: An empty frame."
+    assert data["text/plain"] == 'Figure: An empty frame.\nNothing is drawn: "empty" & <small>.'
     assert 'alt="An empty frame."' in data["text/html"] and "&lt;small&gt;.</figcaption>" in data["text/html"]
 
 
