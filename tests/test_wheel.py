@@ -25,7 +25,16 @@ def wheel(tmp_path_factory) -> Path:
         if inside.parts[0] not in ("tests", "benchmarks", "docs"):
             (folder / "source" / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / "source" / inside)
-    command = [*PIP, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder / "source")]
+    command = [
+        *PIP,
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(folder / "source"),
+    ]
     subprocess.run(command, check=True, timeout=300)
     shutil.rmtree(folder / "source")
     return next(folder.glob("dsv3lib-*.whl"))
@@ -41,7 +50,15 @@ def elsewhere(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "env")}))
-    command = [*PIP, "--python", str(folder / "env" / "bin" / "python"), "install", "-q", "--no-deps", str(wheel)]
+    command = [
+        *PIP,
+        "--python",
+        str(folder / "env" / "bin" / "python"),
+        "install",
+        "-q",
+        "--no-deps",
+        str(wheel),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (site / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
@@ -54,7 +71,12 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     (folder / "home").mkdir(exist_ok=True)
     program = str(folder / "env" / "bin" / command[0])
     return subprocess.run(
-        [program, *command[1:]], cwd=folder / "home", env=variables, capture_output=True, text=True, timeout=300
+        [program, *command[1:]],
+        cwd=folder / "home",
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -81,7 +103,9 @@ print(dsv3lib.__file__)
 """
     done = run(elsewhere, "python", "-W", "error", "-c", code)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(elsewhere / "env"), "the clone was imported, not the wheel"
+    assert Path(done.stdout.strip()).is_relative_to(elsewhere / "env"), (
+        "the clone was imported, not the wheel"
+    )
 
 
 def test_the_doctor_runs_there(elsewhere):

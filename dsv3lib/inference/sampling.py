@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -66,7 +67,14 @@ def probabilities(
     """The distribution that is sampled from: softmax(logits / temperature), cut to its nucleus.
 
     The nucleus is the smallest set of likeliest tokens that holds at least ``top_p``; the rest gets 0 and the
-    nucleus is normalised. At temperature 0 all probability is on the likeliest token.
+    nucleus is normalised. It is found in FP64: a vocabulary's tail is a sum of a hundred thousand small numbers,
+    and in FP32 it passes ``top_p`` early enough to lose tokens that belong. At temperature 0 all probability is
+    on the likeliest token.
+
+    Args:
+        logits: of any dtype, and finite.
+        temperature: logits are divided by it.
+        top_p: in (0, 1]; 1 keeps all.
 
     Returns:
         FP32, each row sums to 1.
@@ -74,14 +82,18 @@ def probabilities(
     if temperature == 0.0:
         one_hot = torch.zeros_like(logits, dtype=torch.float32)
         return one_hot.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits.float()
+    if top_p < 1.0:
+        # Sorted as logits, which no rounding has met yet: two tokens whose probabilities round alike keep their order.
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+        p = _softmax(ranked.double(), temperature)
+        before = F.pad(p.cumsum(-1)[..., :-1], (1, 0))
+        p = p.masked_fill(before >= top_p, 0.0)  # the token that crosses top_p is still inside
+        p = (p / p.sum(-1, keepdim=True)).float()
+        return torch.empty_like(p).scatter_(-1, order, p)
+    return _softmax(logits.float(), temperature)
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
     # The maximum goes first: a very small temperature must not make infinities that cancel to NaN.
     below_best = logits - logits.amax(-1, keepdim=True)
-    p = (below_best / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1)
-    if top_p < 1.0:
-        ranked, order = p.sort(dim=-1, descending=True, stable=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p is still inside
-        outside[..., 0] = False
-        p = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
+    return (below_best / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1)

@@ -48,18 +48,21 @@ def verify(
     token: a draft stands where it is that token.
 
     Args:
-        drafts: guesses. q: the distributions that they were drawn from, ``None`` where greedy.
+        drafts: guesses; −1 is none, and ends its row's.
+        q: the distributions that they were drawn from, ``None`` where greedy.
         logits: the model's, position k scores draft k; m + 1 of them. sizes: drafts each row has.
         sampler: gives p.
     """
     rows = torch.arange(len(drafts), device=drafts.device)
+    sizes = sizes.minimum(leading(drafts >= 0))
     present = torch.arange(drafts.shape[1], device=drafts.device) < sizes[:, None]
     if q is None:
         said = logits.argmax(-1)
         accepted = leading(present & (said[:, :-1] == drafts))
         return Verdict(accepted, said[rows, accepted])
     p = sampler.probabilities(logits)
-    p_draft, q_draft = (x.gather(-1, drafts[..., None]).squeeze(-1) for x in (p[:, :-1], q))
+    named = drafts.clamp(min=0)[..., None]
+    p_draft, q_draft = (x.gather(-1, named).squeeze(-1) for x in (p[:, :-1], q))
     stands = sampler.uniform(*drafts.shape, device=drafts.device) * q_draft < p_draft
     accepted = leading(present & stands)
     p_next = p[rows, accepted]

@@ -2,8 +2,8 @@
 
 Our own model says in its output which experts it chose. In transformers a mixture layer hands the chosen
 experts to a module called ``experts`` as a tensor of whole numbers (DeepSeek-V3, Mixtral, Qwen-MoE, OLMoE and
-most others), and there they are read. Only what a whole forward pass routes is counted: a layer that gradient
-checkpointing runs again during backward is not.
+most others), and there they are read. Counted are tokens, each once: neither the padding that an
+``attention_mask`` marks, nor what activation checkpointing runs again during backward, a layer or the whole model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -39,6 +40,7 @@ class Attachment:
         self.on_load: Callable[[], None] = lambda: None
         self._domain: str | None = None
         self._pass: dict[int, np.ndarray] | None = None
+        self._valid: Tensor | None = None  # of the pass under way: which positions are tokens
         if isinstance(model, DeepSeekV3):
             self.history = LoadHistory.of_model(model.config)
             self._hooks = [model.register_forward_hook(self._own_output)]
@@ -61,7 +63,7 @@ class Attachment:
             module.register_forward_pre_hook(self._counter(row), with_kwargs=True)
             for row, (_, module) in enumerate(found)
         ]
-        self._hooks.append(model.register_forward_pre_hook(self._begin))
+        self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._end))
 
     def detach(self) -> None:
@@ -79,11 +81,12 @@ class Attachment:
             self._domain = before
 
     def _own_output(self, _model: nn.Module, _inputs: Any, out: ModelOutput) -> None:
-        self.history.add_load(out.expert_load.cpu().numpy(), self._domain)
-        self.on_load()
+        if not recomputing():
+            self.history.add_load(out.expert_load.cpu().numpy(), self._domain)
+            self.on_load()
 
-    def _begin(self, _model: nn.Module, _inputs: Any) -> None:
-        self._pass = {}
+    def _begin(self, _model: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        self._pass, self._valid = (None, None) if recomputing() else ({}, tokens_of(inputs, named))
 
     def _end(self, _model: nn.Module, _inputs: Any, _out: Any) -> None:
         seen, self._pass = self._pass, None
@@ -99,13 +102,46 @@ class Attachment:
                 return
             for value in (*inputs, *named.values()):
                 if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
+                    chosen = value.detach().cpu()
+                    if self._valid is not None and chosen.ndim > 1:
+                        chosen = chosen.reshape(-1, chosen.shape[-1])
+                        if len(chosen) == len(self._valid):
+                            chosen = chosen[self._valid]
                     # An index beyond the experts stands for a visit that goes to another device.
-                    counts = torch.bincount(value.detach().flatten().cpu(), minlength=self._experts)
+                    counts = torch.bincount(chosen.flatten(), minlength=self._experts)
                     here = self._pass.get(row, np.zeros(self._experts, np.int64))
                     self._pass[row] = here + counts[: self._experts].numpy()
                     return
 
         return count
+
+
+def recomputing() -> bool:
+    """Whether backward is running, and so a forward pass makes again what has been."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def tokens_of(inputs: tuple, named: dict[str, Any]) -> Bool[Tensor, " N"] | None:
+    """Which positions of a call are tokens and no padding, row after row; ``None`` where no mask says.
+
+    Args:
+        inputs, named: the call's arguments, as transformers' models take them. The mask may be longer than the
+            new tokens, where a cache holds those before.
+    """
+    mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
+    ids = next(
+        (
+            x
+            for x in (named.get("input_ids"), named.get("inputs_embeds"), *inputs[:1])
+            if isinstance(x, Tensor)
+        ),
+        None,
+    )
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or ids is None or ids.ndim < 2:
+        return None
+    if mask.shape[0] != ids.shape[0] or mask.shape[1] < ids.shape[1]:
+        return None
+    return mask[:, mask.shape[1] - ids.shape[1] :].detach().cpu().bool().flatten()
 
 
 def _expert_count(module: nn.Module) -> int | None:

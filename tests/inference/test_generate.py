@@ -3,10 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import SEEDS
 
 from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.errors import ContextLengthError, InputError
@@ -177,6 +179,37 @@ def test_the_nucleus_is_the_smallest_set_of_likeliest_tokens(logits, temperature
     if bool((~inside).any()):
         assert full[inside].min() >= full[~inside].max()  # nobody outside is likelier than anybody inside
     torch.testing.assert_close(p[inside], full[inside] / held, rtol=1e-4, atol=1e-7)
+
+
+def nucleus_of(logits, temperature, top_p):
+    """The smallest set, by definition: ids by falling probability until ``top_p`` is held, in extended precision."""
+    p = (logits.double() / temperature).softmax(-1).numpy()
+    order = np.argsort(-p, kind="stable")
+    held = np.cumsum(p[order].astype(np.longdouble))
+    return set(order[: int(np.searchsorted(held, np.longdouble(top_p))) + 1].tolist())
+
+
+@given(
+    seed=SEEDS, vocab=st.sampled_from([40, 3000, 50_000]), spread=st.floats(0.01, 4), temperature=st.floats(0.3, 2),
+    top_p=st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999]),
+)  # fmt: skip
+def test_the_nucleus_of_a_large_vocabulary_is_the_one_of_exact_sums(seed, vocab, spread, temperature, top_p):
+    """A long tail of small numbers, where a sum in FP32 runs ahead of itself."""
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    p = probabilities(logits, temperature, top_p)
+    assert set(torch.nonzero(p).flatten().tolist()) == nucleus_of(logits, temperature, top_p)
+
+
+def test_that_check_rejects_sums_in_fp32():
+    """The control: the same rule with a running sum in FP32 loses tokens of most rows at V3's vocabulary."""
+    logits = torch.randn(8, 129_280, generator=torch.Generator().manual_seed(0))
+    p = logits.softmax(-1)
+    ranked, order = p.sort(dim=-1, descending=True, stable=True)
+    outside = ranked.cumsum(-1) - ranked >= 0.99
+    wrong = (~outside).sum(-1)
+    right = (probabilities(logits, 1.0, 0.99) > 0).sum(-1)
+    assert (wrong != right).sum() >= 4
+    assert right.tolist() == [len(nucleus_of(row, 1.0, 0.99)) for row in logits]
 
 
 def test_equally_likely_tokens_are_kept_from_the_lowest_id():

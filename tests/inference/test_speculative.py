@@ -347,3 +347,25 @@ def test_without_mtp_modules_there_is_no_speculation():
 def test_a_number_of_drafts_below_one_is_refused(draft_tokens):
     with pytest.raises(InputError, match=f"draft_tokens: {draft_tokens}"):
         chain_model().generate(prompts(1, 3), 4, speculative=True, draft_tokens=draft_tokens)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=3), greedy=st.booleans(),
+    seed=st.integers(0, 2**31 - 1), sizes=st.integers(0, 3),
+)  # fmt: skip
+def test_a_draft_of_minus_one_is_none_and_ends_its_row_s(rows, greedy, seed, sizes):
+    """A row judges as if it had been given only the drafts before."""
+    drafts = torch.tensor(rows)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(rows), 4, 5, generator=generator)
+    q = None if greedy else torch.rand(len(rows), 3, 5, generator=generator).softmax(-1)
+    given_sizes = torch.full((len(rows),), sizes)
+    until = torch.tensor([min(sizes, row.index(-1) if -1 in row else 3) for row in rows])
+
+    def judged(drafts, sizes):
+        sampler = Sampler(0.0 if greedy else 1.0, generator=torch.Generator().manual_seed(seed))
+        return verify(drafts, q, logits, sizes, sampler)
+
+    with_none, without = judged(drafts, given_sizes), judged(drafts.clamp(min=0), until)
+    assert torch.equal(with_none.accepted, without.accepted) and torch.equal(with_none.token, without.token)
+    assert bool((with_none.accepted <= until).all())

@@ -40,7 +40,11 @@ def test_no_name_decides_anything(name, F, B, W):
 def test_the_figures_of_the_paper():
     names = ("1f1b", "zb1p", "dualpipe")
     found = {name: simulate(schedule(name, 8, 20), F=1, B=2, W=1, FB=3) for name in names}
-    assert {name: set(one.bubble) for name, one in found.items()} == {"1f1b": {21}, "zb1p": {7}, "dualpipe": {6}}
+    assert {name: set(one.bubble) for name, one in found.items()} == {
+        "1f1b": {21},
+        "zb1p": {7},
+        "dualpipe": {6},
+    }
     assert [one.parameter_copies for one in found.values()] == [1, 1, 2]
     assert [max(one.peak_activations) for one in found.values()] == [8, 8, 9]
     assert found["dualpipe"].peak_activations == [9] * 8
@@ -66,7 +70,9 @@ def test_communication_delays_the_next_rank_and_what_is_not_overlapped_holds_the
     both = [simulate(schedule("gpipe", 2, 4), communication=5, overlap=share) for share in (1, 0)]
     starts = [[event.start for event in one.by_rank[0][:4]] for one in both]
     assert starts == [[0, 1, 2, 3], [0, 6, 12, 18]]
-    assert simulate(schedule("zbv", 1, 4), communication=9).bubble == [0]  # both arms on one rank: nothing is sent
+    assert simulate(schedule("zbv", 1, 4), communication=9).bubble == [
+        0
+    ]  # both arms on one rank: nothing is sent
 
 
 def test_any_duration_for_any_action():

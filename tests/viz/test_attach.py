@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import build, small, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dsv3lib.errors import InputError
 from dsv3lib.viz.expert_load import ExpertLoad
@@ -100,6 +103,66 @@ def test_gradients_are_what_they_were_and_recomputation_counts_once():
     for now, then in zip([p.grad for p in model.parameters() if p.grad is not None], plain, strict=True):
         assert torch.equal(now, then)
     assert len(view.history) == 1 and (view.history.load.sum(-1) == 24 * 3).all()
+
+
+@settings(max_examples=8)
+@given(
+    make=st.sampled_from([deepseek, mixtral]), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    left=st.booleans(), whole=st.sampled_from([None, "reentrant", "not reentrant"]), layers=st.booleans(),
+    by_name=st.booleans(),
+)  # fmt: skip
+def test_tokens_are_counted_once_and_padding_never(make, lengths, left, whole, layers, by_name):
+    """Rows padded on either side; layers or the whole model run again during backward."""
+    model, width = make().train(), max(lengths)
+    ids = torch.randint(1, 50, (len(lengths), width))
+    places = torch.arange(width)
+    rows = [places >= width - n if left else places < n for n in lengths]
+    mask = torch.stack(rows).long()
+    if layers:
+        model.activation_checkpointing_enable()
+    view = ExpertLoad.attach(model)
+
+    def run(ids, mask):
+        return (model(ids, attention_mask=mask) if by_name else model(ids, mask)).logits.sum()
+
+    if whole is None:
+        run(ids, mask).backward()
+    else:
+        start = ids if whole == "not reentrant" else ids.clone()
+        weight = torch.ones(1, requires_grad=True)
+        total = checkpoint(
+            lambda i, m, w: run(i, m) * w, start, mask, weight, use_reentrant=whole == "reentrant"
+        )
+        total.sum().backward()
+    per_token = model.config.num_experts_per_tok
+    assert len(view.history) == 1
+    assert (view.history.load.sum(-1) == sum(lengths) * per_token).all()
+    view.detach()
+    if not left:  # and it is each row's own load: padding behind a row changes nothing in it
+        alone = ExpertLoad.attach(model)
+        for row, n in zip(ids, lengths, strict=True):
+            model(row[None, :n])
+        assert np.array_equal(alone.history.load.sum(0), view.history.load[0])
+        alone.detach()
+
+
+def test_padding_is_not_counted_while_generating():
+    """From the second token on the mask is longer than what is new."""
+    model, lengths = mixtral().eval(), [4, 2]
+    ids, mask = torch.randint(3, 50, (2, 4)), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    view = ExpertLoad.attach(model)
+    model.generate(
+        ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+    assert (view.history.load[0].sum(-1) == sum(lengths) * 3).all()
+    assert (view.history.load[1:].sum(-1) == 2 * 3).all() and len(view.history) == 3
+
+
+def test_our_own_model_run_again_during_backward_is_counted_once():
+    model, ids = build(small()), tokens(small(), 2, 7)
+    view = ExpertLoad.attach(model)
+    checkpoint(lambda i: model(i, labels=i).loss, ids, use_reentrant=False).backward()
+    assert len(view.history) == 1
 
 
 def test_our_own_model_with_its_mtp_module():

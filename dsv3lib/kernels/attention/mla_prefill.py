@@ -174,6 +174,7 @@ class _Prefill(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         q, k, v, k_rope, out, lse, *spans = ctx.saved_tensors
         grads = mla_prefill_backward.backward(

@@ -140,6 +140,7 @@ class _GroupedGemm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
@@ -168,6 +169,7 @@ class _Kernels(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, counts = ctx.saved_tensors
         grad_x = grad_w = None

@@ -66,7 +66,9 @@ def balance_settings(way: str, speed: float | None = None, alpha: float | None =
 
 
 @torch.no_grad()
-def update_bias(router: nn.Module | Tensor, load: Int[Tensor, " E"], speed: float | int) -> None:
+def update_bias(
+    router: nn.Module | Tensor, load: Int[Tensor, " E"], speed: float | int, centre: bool = False
+) -> None:
     """Move one router's bias against the load that it produced, in place.
 
     b_i ← b_i + γ·sign(mean(load) − load_i)    (paper §2.1.2, «bias update speed» γ)
@@ -75,10 +77,20 @@ def update_bias(router: nn.Module | Tensor, load: Int[Tensor, " E"], speed: floa
     mean stays where it is, whatever the rounding. A load of zero everywhere (a module that did not run)
     leaves the bias alone for the same reason.
 
+    Steps of ±γ do not sum to zero, so the biases of a layer drift as a whole. No choice of experts depends on
+    that: what is added to all affinities alike changes no order, of experts or of groups (as long as dropped
+    groups are masked with −inf and not with 0). But a bias that has drifted far has fewer bits left for the
+    differences.
+
+    Differs from the paper where ``centre`` is on: the mean is subtracted after each update, as torchtitan and Ling's
+    trainers do.
+
     Args:
-        router: a Router (its buffer ``e_score_correction_bias`` is changed) or that FP32 tensor [E] itself.
+        router: a Router (its buffer ``e_score_correction_bias`` is changed) or that tensor [E] itself, FP32 or
+            FP64.
         load: tokens that each routed expert received in the step, over the whole batch.
         speed: γ ≥ 0 (V3: 0.001 for 14.3T tokens, then 0).
+        centre: subtract the biases' mean afterwards, where there was a load.
 
     Raises:
         InputError: γ is negative or not finite, or bias and load differ in shape or are of the wrong dtype.
@@ -86,13 +98,15 @@ def update_bias(router: nn.Module | Tensor, load: Int[Tensor, " E"], speed: floa
     bias = router if isinstance(router, Tensor) else router.e_score_correction_bias
     if not math.isfinite(speed) or speed < 0:
         raise InputError(f"speed: {speed!r}, expected γ >= 0 (a negative γ would drive the load apart)")
-    if bias.dtype != torch.float32:
-        raise InputError(f"bias: dtype {bias.dtype}, expected torch.float32 (steps of γ vanish in less)")
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"bias: dtype {bias.dtype}, expected torch.float32 (steps of γ vanish in less) or float64")
     _whole_numbers(load)
     if load.shape != bias.shape:
         raise InputError(f"load: shape {tuple(load.shape)}, expected {tuple(bias.shape)} as the bias has")
     direction = torch.sign(load.sum() - load * load.numel())
     bias.add_(direction.to(device=bias.device, dtype=bias.dtype), alpha=speed)
+    if centre and bool(load.any()):
+        bias.sub_(bias.mean())
 
 
 def max_violation(load: Int[Tensor, "*layers E"]) -> Float[Tensor, "*layers"]:

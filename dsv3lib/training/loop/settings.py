@@ -53,6 +53,8 @@ class TrainingConfig:
         bf16_moments: keep AdamW's moments in BF16 as the paper does (§3.3.3); FP32 where memory is no worry.
         mtp_loss_weight, mtp_loss_weight_late: λ before and after the constant phase ends (0.3, 0.1).
         bias_speed: γ, until the cosine ends, 0 from then on (0.001; a short run needs more, see ``balance``).
+        centre_bias: subtract the biases' mean after each update, so that they do not drift as a whole; not in the
+            paper, off by default (see ``balance.update_bias``).
         aux_loss_alpha: α of the auxiliary balance loss (0.0001); ``None`` leaves the model's own.
         aux_loss_over: what that loss asks to be balanced, each "sequence" (the paper's choice) or the "batch".
         ema_decay: of the averaged weights on the CPU; 0 keeps none.
@@ -90,6 +92,7 @@ class TrainingConfig:
     mtp_loss_weight: Number = 0.3
     mtp_loss_weight_late: Number = 0.1
     bias_speed: Number = DEFAULT_SPEED
+    centre_bias: bool = False
     aux_loss_alpha: Number | None = None
     aux_loss_over: str = "sequence"
     ema_decay: Number = 0.99
@@ -154,7 +157,8 @@ class TrainingConfig:
         require(total <= 1 + 1e-12, " + ".join(shares), total, "at most 1 (they are shares of one run)")
         scopes = ("sequence", "batch")
         require(self.aux_loss_over in scopes, "aux_loss_over", self.aux_loss_over, " or ".join(scopes))
-        require(isinstance(self.bf16_moments, bool), "bf16_moments", self.bf16_moments, "true or false")
+        for name in ("bf16_moments", "centre_bias"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""

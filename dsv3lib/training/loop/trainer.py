@@ -225,7 +225,7 @@ class Trainer:
         self.optimizer.step(schedule.learning_rate(step))
         speed, load = schedule.bias_speed(step), out.expert_load.cpu()
         for router, router_load in zip(model.routers(), load, strict=True):
-            update_bias(router, router_load, speed)
+            update_bias(router, router_load, speed, centre=self.config.centre_bias)
         if self.average is not None:
             self.average.update(model)
         self.steps_done = step

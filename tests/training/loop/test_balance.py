@@ -67,6 +67,80 @@ def test_refuses_what_would_drive_the_load_apart_or_make_no_sense():
     assert torch.equal(bias, torch.zeros(4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_of_either_precision_is_balanced(dtype):
+    router = Router(ModelConfig.preset("nano")).to(dtype)
+    update_bias(router, torch.arange(8), 0.25)
+    assert router.e_score_correction_bias.tolist() == [0.25] * 4 + [-0.25] * 4
+    assert router.e_score_correction_bias.dtype == dtype
+
+
+GRID = 2.0**-12  # everything below is a multiple of it and sums to few bits: no rounding anywhere
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    groups=st.sampled_from([(1, 1), (4, 2), (2, 1), (8, 4)]),
+    steps=st.integers(1, 40),
+)
+def test_no_choice_of_experts_depends_on_whether_biases_are_centred(seed, groups, steps):
+    """Two runs from the same scores, one centred after each update: the same experts and weights at every step."""
+    config = ModelConfig.preset("tiny").replace(
+        n_group=groups[0], topk_group=groups[1], num_experts_per_tok=4
+    )
+    plain, centred = apart_by_centring(config, seed, steps, route)
+    torch.testing.assert_close(plain - plain.mean(), centred - centred.mean(), rtol=0, atol=0)
+    assert centred.mean() == 0
+
+
+def apart_by_centring(config, seed, steps, choose):
+    """Biases of a plain and of a centred run, after choices that are asserted equal at each step."""
+    generator, experts = torch.Generator().manual_seed(seed), config.n_routed_experts
+    skew = torch.randint(-1000, 1000, (experts,), generator=generator)
+    plain, centred = torch.zeros(experts), torch.zeros(experts)
+    for _ in range(steps):
+        scores = (
+            (torch.randint(1000, 3000, (64, experts), generator=generator) + skew).clamp(0, 4095)
+        ) * GRID
+        (indices, weights), (others, other_weights) = (
+            choose(scores, plain, config),
+            choose(scores, centred, config),
+        )
+        assert torch.equal(indices, others) and torch.equal(weights, other_weights)
+        load = torch.bincount(indices.flatten(), minlength=experts)
+        update_bias(plain, load, 64 * GRID)
+        update_bias(centred, load, 64 * GRID, centre=True)
+    return plain, centred
+
+
+def test_that_check_rejects_a_mask_of_zero():
+    """With dropped groups at 0 instead of −inf the choice does depend on where the biases stand as a whole."""
+
+    def masked_with_zero(scores, bias, config):
+        steered = (scores + bias - 1).unflatten(-1, (config.n_group, -1))  # biases mostly below zero
+        kept = steered.topk(2).values.sum(-1).topk(config.topk_group).indices
+        mask = torch.zeros(steered.shape[:2]).scatter_(-1, kept, 1.0)
+        chosen = (steered * mask[..., None]).flatten(-2).sort(dim=-1, descending=True, stable=True).indices
+        indices = chosen[..., : config.num_experts_per_tok]
+        return indices, scores.gather(-1, indices)
+
+    with pytest.raises(AssertionError):
+        apart_by_centring(ModelConfig.preset("tiny"), 0, 40, masked_with_zero)
+
+
+def test_biases_drift_as_a_whole_unless_they_are_centred():
+    """One expert that takes all: fifteen biases rise and one falls, at every step."""
+    load = torch.tensor([100] + [1] * 15)
+    drifting, centred = torch.zeros(16), torch.zeros(16)
+    for _ in range(10):
+        update_bias(drifting, load, 2.0**-6)
+        update_bias(centred, load, 2.0**-6, centre=True)
+    assert drifting.mean() == 10 * 2.0**-6 * 14 / 16 and centred.mean() == 0
+    before = centred.clone()
+    update_bias(centred + 5, torch.zeros(16).long(), 0.1, centre=True)  # a module that did not run
+    assert torch.equal(before, centred)
+
+
 def test_a_skewed_router_is_balanced_by_the_bias_and_not_without():
     """The control is γ = 0: the same scores, the same number of steps, no balance."""
     config = ModelConfig.preset("nano").replace(n_group=1, topk_group=1)

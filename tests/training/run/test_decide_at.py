@@ -20,7 +20,9 @@ TOKENIZER = default_tokenizer()
 
 
 def trainer(out, resume=False, **settings) -> Trainer:
-    config = ModelConfig.preset("nano").replace(num_hidden_layers=2, hidden_size=32, num_nextn_predict_layers=0)
+    config = ModelConfig.preset("nano").replace(
+        num_hidden_layers=2, hidden_size=32, num_nextn_predict_layers=0
+    )
     model = DeepSeekV3(config, generator=torch.Generator().manual_seed(0))
     settings = {"batch_size": 1, "warmup_steps": 2, "validation_batches": 0, "threads": 1} | settings
     stream = PackedStream([ArithmeticDomain()], TOKENIZER, 16)
@@ -31,7 +33,13 @@ def test_the_rate_is_constant_until_the_late_decision_and_falls_to_zero_after_it
     # A clock of our own: every look at it is 0.1 s later than the one before, so a step takes 0.1 s.
     ticks = count()
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(ticks) / 10)
-    shares = {"constant_share": 0.0, "cosine_share": 1.0, "rest_share": 0.0, "rest_ratio": 0.0, "tail_ratio": 0.0}
+    shares = {
+        "constant_share": 0.0,
+        "cosine_share": 1.0,
+        "rest_share": 0.0,
+        "rest_ratio": 0.0,
+        "tail_ratio": 0.0,
+    }
     run = trainer(tmp_path / "run", minutes=0.03, decide_at=0.5, **shares)
     rates, decided = [], None
     for record in run:
@@ -46,7 +54,11 @@ def test_the_rate_is_constant_until_the_late_decision_and_falls_to_zero_after_it
 
 
 def test_a_share_without_minutes_or_out_of_range_is_refused():
-    for settings in ({"steps": 5, "decide_at": 0.5}, {"minutes": 1, "decide_at": 0.0}, {"minutes": 1, "decide_at": 1}):
+    for settings in (
+        {"steps": 5, "decide_at": 0.5},
+        {"minutes": 1, "decide_at": 0.0},
+        {"minutes": 1, "decide_at": 1},
+    ):
         with pytest.raises(ConfigError, match="decide_at"):
             TrainingConfig(**settings)
     undecided = Schedule(TrainingConfig(minutes=1), None)
