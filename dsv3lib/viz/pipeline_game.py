@@ -2,8 +2,8 @@
 
     PipelineGame(stages=3, microbatches=4)      # last in a cell: buttons of what each rank could do next
 
-Nothing is refused that could be written down: an order in which ranks wait for each other is a deadlock here too, and the
-game names it.
+Nothing is refused that could be written down: an order in which ranks wait for each other is a deadlock here too, and
+the game names it.
 """
 
 from __future__ import annotations
