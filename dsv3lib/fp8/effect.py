@@ -8,7 +8,7 @@ model the angle and the ratio of lengths between the two gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,3 +121,14 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], names: list[str
     if not length[0] or not length[1]:
         return (1.0 if length[0] == length[1] else 0.0), 1.0
     return float(a @ b) / (length[0] * length[1]), length[0] / length[1]
+
+
+def relative_error(losses: Sequence[float], reference: Sequence[float]) -> float:
+    """(mean loss - mean reference loss) / mean reference loss over the last half of two runs' steps.
+
+    Args:
+        losses: of each step of a run. reference: of its twin without the recipe.
+    """
+    half = len(reference) // 2
+    ours, theirs = sum(losses[half:]), sum(reference[half:])
+    return (ours - theirs) / theirs

@@ -55,21 +55,15 @@ def wgrad(grad_t: Operand, x_t: Operand, dtype: torch.dtype) -> Float[Tensor, "O
 
 
 def grouped_fprop(x: Operand, weight: Operand, counts: Tensor, dtype: torch.dtype) -> Float[Tensor, "M O"]:
-    """y = x Wᵀ of each expert's rows; a stack [E, O, I]. Dgrad too, with the stack transposed."""
-    if not on_triton(x.values):
-        return grouped_gemm_fp8_ref(*x, *weight, counts, torch.float32).to(dtype)
-    width = weight.values.shape[1]
-    x, weight = _whole_tiles(x), _whole_tiles(weight, rows=True)
-    out = dtype if dtype == torch.bfloat16 else torch.float32
-    y = grouped_gemm_fp8(*x, weight.values, weight.scales.contiguous(), counts, out_dtype=out)
-    return y[:, :width].to(dtype)
+    """y = x Wᵀ of each expert's rows; a stack [E, O, I]."""
+    return _multiply_grouped(x, weight, counts, dtype)
 
 
 def grouped_dgrad(
     grad: Operand, weight_t: Operand, counts: Tensor, dtype: torch.dtype
 ) -> Float[Tensor, "M I"]:
     """dx = dy W of each expert's rows; a stack [E, I, O]."""
-    return grouped_fprop(grad, weight_t, counts, dtype)
+    return _multiply_grouped(grad, weight_t, counts, dtype)
 
 
 def grouped_wgrad(
@@ -82,6 +76,16 @@ def grouped_wgrad(
     grad_t, x_t = _whole_rows(grad_t), _whole_rows(x_t)
     made = grouped_wgrad_fp8(*grad_t, *x_t, groups.counts)
     return made[:, : shape[0], : shape[1]].to(dtype)
+
+
+def _multiply_grouped(x: Operand, weight: Operand, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    if not on_triton(x.values):
+        return grouped_gemm_fp8_ref(*x, *weight, counts, torch.float32).to(dtype)
+    width = weight.values.shape[1]
+    x, weight = _whole_tiles(x), _whole_tiles(weight, rows=True)
+    out = dtype if dtype == torch.bfloat16 else torch.float32
+    y = grouped_gemm_fp8(*x, weight.values, weight.scales.contiguous(), counts, out_dtype=out)
+    return y[:, :width].to(dtype)
 
 
 def _multiply(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,7 @@ class Recipe(PlainRecipe):
 
     plain = False
     absorbs = False
-    gates = True
+    keeps_gate = True
 
     def __post_init__(self) -> None:
         for name, allowed in (
