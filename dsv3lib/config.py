@@ -19,7 +19,7 @@ from typing import Any
 from .checks import is_integer, is_number, require, require_integer
 from .config_json import FIXED, read_fields
 from .errors import ConfigError
-from .rope_settings import YarnScaling, as_floats, yarn_temperature
+from .rope_settings import Scaling, as_floats, scaling_fields, yarn_temperature
 
 PRESETS = ("nano", "tiny", "tiny-v3", "v3-671b")
 
@@ -55,7 +55,8 @@ class ModelConfig:
         max_position_embeddings: longest context, in tokens.
         num_key_value_heads: equals ``num_attention_heads`` in V3 (the latent replaces shared heads).
         routed_scaling_factor: what the gate values sum to. norm_topk_prob: whether they are normalised.
-        rope_theta: base of RoPE's frequencies. rope_scaling: YaRN's settings, or ``None``.
+        rope_theta: base of RoPE's frequencies. rope_scaling: YaRN's settings (or position
+            interpolation's), or ``None``.
         rope_interleave: how a *checkpoint* orders rotary dims: neighbours are pairs (V3) or two halves.
         rms_norm_eps: epsilon of every RMSNorm. initializer_range: standard deviation at initialisation
             (the paper says 0.006, the released configuration 0.02).
@@ -93,7 +94,7 @@ class ModelConfig:
     routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
     rope_theta: float = 10000.0
-    rope_scaling: YarnScaling | None = None
+    rope_scaling: Scaling | None = None
     rope_interleave: bool = True
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -160,7 +161,7 @@ class ModelConfig:
             ids = value if several else () if value is None else (value,)
             inside = all(is_integer(i) and 0 <= i < self.vocab_size for i in ids)
             require(inside, name, value, f"null or an integer in [0, {self.vocab_size})")
-        is_yarn = self.rope_scaling is None or isinstance(self.rope_scaling, YarnScaling)
+        is_yarn = self.rope_scaling is None or isinstance(self.rope_scaling, Scaling)
         require(is_yarn, "rope_scaling", self.rope_scaling, "null or a YarnScaling (from_dict takes JSON)")
 
     def _check_sizes(self) -> None:
@@ -285,7 +286,7 @@ class ModelConfig:
             **dataclasses.asdict(self),
         }
         if self.rope_scaling is not None:
-            fields["rope_scaling"] = {"type": "yarn", **fields["rope_scaling"]}
+            fields["rope_scaling"] = scaling_fields(self.rope_scaling)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         return fields

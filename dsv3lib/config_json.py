@@ -13,7 +13,7 @@ from typing import Any
 
 from .checks import is_integer, require
 from .errors import ConfigError
-from .rope_settings import read_rope
+from .rope_settings import YarnScaling, read_rope
 
 # Fields of released config.json files that describe the file or a framework's habits, not the model.
 _NOT_OF_THE_MODEL = frozenset(
@@ -149,7 +149,7 @@ def _read_relations(fields: dict[str, Any], oddities: list[str]) -> None:
         )
         fields["first_k_dense_replace"] = layers
     scaling, longest = fields.get("rope_scaling"), fields.get("max_position_embeddings")
-    if scaling is not None and is_integer(longest):
+    if isinstance(scaling, YarnScaling) and is_integer(longest):
         reach = scaling.factor * scaling.original_max_position_embeddings
         if longest > reach:
             oddities.append(

@@ -1,4 +1,8 @@
-"""RoPE's settings in a configuration: YaRN's numbers, and the two forms in which released files write them."""
+"""RoPE's settings in a configuration: YaRN's numbers, and the two forms in which released files write them.
+
+Beside V3's YaRN stands position interpolation (``linear``), which transformers reads too: it is what YaRN is measured
+against. Neither changes how a checkpoint's weights are read.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from .checks import is_integer, is_number, require, require_integer
 from .errors import ConfigError
 
 _LIKE = 0.85  # from this similarity on, an unknown setting is taken for a slip of the pen
+
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -63,6 +69,38 @@ class YarnScaling:
         return yarn_temperature(self.factor, self.mscale) / yarn_temperature(self.factor, self.mscale_all_dim)
 
 
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (Chen et al. 2023): every frequency divided by ``factor``; no temperature.
+
+    Args:
+        factor: how many times longer the context becomes.
+    """
+
+    factor: float
+    attention_factor: ClassVar[float] = 1.0
+    mscale_all_dim: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            is_number(self.factor) and self.factor >= 1, "rope_scaling.factor", self.factor, "a number >= 1"
+        )
+
+
+Scaling = YarnScaling | LinearScaling
+
+
+def scaling_fields(scaling: Scaling) -> dict[str, Any]:
+    """The settings as they stand under ``rope_scaling`` in a ``config.json``."""
+    kind = "yarn" if isinstance(scaling, YarnScaling) else "linear"
+    return {"type": kind, **dataclasses.asdict(scaling)}
+
+
+_KINDS: Mapping[str, type[Scaling] | None] = MappingProxyType(
+    {"default": None, "yarn": YarnScaling, "linear": LinearScaling}
+)
+
+
 def yarn_temperature(factor: float, weight: float) -> float:
     """0.1·weight·ln(factor) + 1, the attention temperature of YaRN; 1 where nothing is stretched."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -85,19 +123,19 @@ def read_rope(fields: dict[str, Any], oddities: list[str]) -> dict[str, Any]:
         "longest": fields.get("max_position_embeddings"),
     }
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        is_settings = value is None or isinstance(value, Mapping | YarnScaling)
+        is_settings = value is None or isinstance(value, Mapping | Scaling)
         require(is_settings, name, value, "null or an object with YaRN's settings")
     found: dict[str, Any] = {}
     if old is not None:
-        is_read = isinstance(old, YarnScaling)
-        found["rope_scaling"] = old if is_read else _read_yarn(dict(old), "rope_scaling", outer, oddities)
+        is_read = isinstance(old, Scaling)
+        found["rope_scaling"] = old if is_read else _read_scaling(dict(old), "rope_scaling", outer, oddities)
     if new is not None:
         new = dict(new)
         inner = new.pop("rope_theta", None)
         if inner is not None:
             require(theta in (None, inner), "rope_theta", theta, f"rope_parameters.rope_theta ({inner})")
             theta = inner
-        yarn = _read_yarn(new, "rope_parameters", outer, oddities)
+        yarn = _read_scaling(new, "rope_parameters", outer, oddities)
         agrees = "rope_scaling" not in found or found["rope_scaling"] == yarn
         require(agrees, "rope_parameters", new, "what rope_scaling says, or only one of the two fields")
         found["rope_scaling"] = yarn
@@ -106,10 +144,10 @@ def read_rope(fields: dict[str, Any], oddities: list[str]) -> dict[str, Any]:
     return found
 
 
-def _read_yarn(
+def _read_scaling(
     settings: dict[str, Any], where: str, outer: Mapping[str, Any], oddities: list[str]
-) -> YarnScaling | None:
-    """YaRN's settings from a JSON object; ``None`` for plain RoPE.
+) -> Scaling | None:
+    """YaRN's or position interpolation's settings from a JSON object; ``None`` for plain RoPE.
 
     Args:
         settings: the object. where: its field's name. outer: the lengths that stand beside the object.
@@ -118,7 +156,7 @@ def _read_yarn(
     names = {settings.pop("type", None), settings.pop("rope_type", None)} - {None}
     require(len(names) <= 1, f"{where}.type", names, "one type")
     kind = names.pop() if names else "default"
-    require(kind in ("default", "yarn"), f"{where}.type", kind, "'yarn' or 'default'")
+    require(kind in _KINDS, f"{where}.type", kind, "'yarn', 'linear' or 'default'")
     if settings.pop("truncate", True) not in (True, None):
         raise ConfigError(
             f"{where}.truncate: False, expected true (V3 rounds the ramp's ends to whole dimensions)"
@@ -126,7 +164,7 @@ def _read_yarn(
     settings.pop("rope_theta", None)
     _require_whole_rotation(settings.pop("partial_rotary_factor", None), f"{where}.partial_rotary_factor")
     attention_factor = settings.pop("attention_factor", None)
-    known = {f.name for f in dataclasses.fields(YarnScaling)} if kind == "yarn" else set()
+    known = {f.name for f in dataclasses.fields(_KINDS[kind])} if _KINDS[kind] else set()
     for name in [name for name in settings if name not in known]:
         meant = difflib.get_close_matches(name, [n for n in known if n not in settings], 1, _LIKE)
         if meant:
@@ -136,6 +174,10 @@ def _read_yarn(
     if kind == "default":
         return None
     settings = {k: v for k, v in settings.items() if v is not None}
+    if kind == "linear":
+        require("factor" in settings, f"{where}.factor", None, "how many times longer the context becomes")
+        require(attention_factor in (None, 1), f"{where}.attention_factor", attention_factor, "null or 1")
+        return LinearScaling(**as_floats(LinearScaling, settings))
     if outer["original"] is not None:
         settings.setdefault("original_max_position_embeddings", outer["original"])
     original = settings.get("original_max_position_embeddings")

@@ -201,7 +201,7 @@ WRONG = [
     ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor"),
     ({"rope_scaling": YARN | {"attention_factor": 1.5}}, "rope_scaling.attention_factor"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
-    ({"rope_scaling": YARN | {"type": "linear"}}, "rope_scaling.type"),
+    ({"rope_scaling": YARN | {"type": "llama3"}}, "rope_scaling.type"),
     ({"rope_scaling": YARN | {"rope_type": "default"}}, "rope_scaling.type"),
     ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor"),
     ({"rope_scaling": YARN | {"factor": "40"}}, "rope_scaling.factor"),

@@ -134,4 +134,6 @@ def __getattr__(name: str) -> Any:
     """Load a public name when it is first asked for, so that ``dsv3 lab`` starts without torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # importing `symbols` has just put the module of that name here
+    return value

@@ -18,7 +18,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..rope_settings import YarnScaling
+from ..rope_settings import LinearScaling, YarnScaling
 
 
 def yarn_ramp(scaling: YarnScaling, dim: int, theta: float) -> Float[Tensor, " half"]:
@@ -61,6 +61,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Float[Tensor, " half"], float
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies, 1.0
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor, 1.0
     ramp = yarn_ramp(scaling, dim, config.rope_theta)
     frequencies = frequencies * (1 - ramp) + frequencies / scaling.factor * ramp
     return frequencies, scaling.attention_factor

@@ -10,6 +10,7 @@ from strategies import SEEDS, assert_rejects, configs, small
 
 from dsv3lib import ModelConfig, YarnScaling
 from dsv3lib.layers.rope import RotaryEmbedding, apply_rope, rope_frequencies, yarn_ramp
+from dsv3lib.rope_settings import LinearScaling
 
 FP64 = torch.zeros(0, dtype=torch.float64)
 FP32 = torch.zeros(0)
@@ -182,3 +183,14 @@ def test_no_pair_turns_faster_than_before_nor_slower_than_the_factor(config: Mod
     assert (ramp.diff() >= 0).all() and ((ramp >= 0) & (ramp <= 1)).all()
     assert (stretched <= plain).all()
     assert (stretched * config.rope_scaling.factor >= plain * (1 - 1e-12)).all()
+
+
+@given(pairs=st.integers(1, 40), theta=st.sampled_from([100.0, 1e4, 1e6]), factor=st.floats(1.0, 64.0))
+def test_position_interpolation_slows_every_pair_and_changes_nothing_else(
+    pairs: int, theta: float, factor: float
+) -> None:
+    plain = small(qk_rope_head_dim=2 * pairs, rope_theta=theta)
+    stretched = plain.replace(rope_scaling=LinearScaling(factor))
+    frequencies, magnitude = rope_frequencies(stretched)
+    torch.testing.assert_close(frequencies * factor, rope_frequencies(plain)[0], rtol=1e-14, atol=0)
+    assert magnitude == 1.0 and stretched.softmax_scale == plain.softmax_scale
