@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv3lib import DeepSeekV3, ModelConfig
-from dsv3lib.costs import attention_flops_per_cached_token, forward_flops, training_flops
+from dsv3lib.model.costs import attention_flops_per_cached_token, forward_flops, training_flops
 
 FP32_BYTES = 4
 

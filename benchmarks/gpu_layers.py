@@ -48,7 +48,7 @@ def layers(device: torch.device, config: ModelConfig, tokens: int) -> Iterator[R
     grad = torch.randn_like(x)
     with device:
         attention = fresh(MultiHeadLatentAttention(config, 0), dtype)
-    step = Step(turns=RotaryEmbedding(config).table(tokens, x))
+    step = Step(rotations=RotaryEmbedding(config).table(tokens, x))
     yield Run("MLA forward", tokens, no_grad(lambda: attention(x, step)))
     yield Run("MLA forward and backward", tokens, gradient(lambda: attention(x, step), attention, x, grad))
     del attention

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .layers.cache import LatentCache
     from .model import DeepSeekV3
-    from .outputs import ModelOutput
+    from .model.outputs import ModelOutput
     from .rope_settings import YarnScaling
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _HOMES = {
     "DeepSeekV3": "model",
     "LatentCache": "layers.cache",
     "ModelConfig": "config",
-    "ModelOutput": "outputs",
+    "ModelOutput": "model.outputs",
     "YarnScaling": "rope_settings",
 }
 

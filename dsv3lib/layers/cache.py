@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CacheError, ContextLengthError
-from ..kernels.attention.mla_decode import PAGE, as_pages
-from ..kernels.toolchain.targets import for_layers
 
 
 class LatentCache:
@@ -40,6 +38,7 @@ class LatentCache:
         self._buffers: list[Tensor | None] = [None] * self.n_layers
         self._length = 0  # the longest row
         self._ragged = False
+        self._page = 1
         self._table: Tensor | None = None
 
     def __len__(self) -> int:
@@ -63,9 +62,15 @@ class LatentCache:
         return sum(b.numel() * b.element_size() for b in self._buffers if b is not None)
 
     def plan(
-        self, batch: int, new: int, lengths: Int[Tensor, " B"] | None = None
+        self, batch: int, new: int, lengths: Int[Tensor, " B"] | None = None, page: int = 1
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Check that ``new`` tokens a row fit; returns each row's length before and after this call.
+
+        Args:
+            batch: rows.
+            new: tokens of this call.
+            lengths: valid ones of each row; ``None`` means all.
+            page: buffers made from now on have room for a whole number of so many tokens.
 
         Raises:
             CacheError: another batch size than the cache was begun with.
@@ -84,7 +89,7 @@ class LatentCache:
                 f"the sequence would reach {longest} tokens, max_position_embeddings is "
                 f"{self.config.max_position_embeddings}; shorten the input or crop the cache"
             )
-        self.lengths = before
+        self.lengths, self._page = before, max(page, self._page)
         return before, after
 
     def append(
@@ -94,7 +99,7 @@ class LatentCache:
 
         Args:
             layer: index of the block; MTP modules count on from the last layer.
-            latent: normalised latent beside the turned shared key, [c_kv; k_rope].
+            latent: normalised latent beside the rotated shared key, [c_kv; k_rope].
             lengths: valid tokens per row of ``latent``; ``None`` means all.
 
         Returns:
@@ -105,7 +110,7 @@ class LatentCache:
         start = self._length
         end = start + new
         buffer = self._buffers[layer]
-        if buffer is None or buffer.shape[1] < end:
+        if buffer is None or buffer.shape[1] < end or buffer.shape[1] % self._page:
             buffer = self._grow(layer, latent, end)
         if not self._ragged:
             buffer[:, start:end] = latent
@@ -126,7 +131,8 @@ class LatentCache:
         The caller writes that row; ``advance`` ends the step.
 
         Args:
-            layer: index of the block. like: a tensor of the dtype to keep.
+            layer: index of the block.
+            like: a tensor of the dtype to keep.
         """
         end = self._length + 1
         buffer = self._buffers[layer]
@@ -134,15 +140,21 @@ class LatentCache:
             buffer = self._grow(layer, like, end)
         return buffer.numpy()[0, :end]
 
-    def pages(self, layer: int) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
-        """A layer's buffer as the decoding kernel reads it: pages of 64 tokens, and which are whose. No copy.
+    def pages(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
+        """A layer's buffer as a paged kernel reads it: pages (see ``plan``), and which are whose, without a copy.
 
-        Only where there are kernels: elsewhere a buffer need not be a whole number of pages.
+        Args:
+            layer: index of the block.
         """
-        buffer = self._buffers[layer]
-        if self._table is None or self._table.numel() * PAGE != buffer.shape[0] * buffer.shape[1]:
-            self._table = as_pages(buffer)[1]  # all layers' buffers are alike
-        return buffer.view(-1, PAGE, buffer.shape[2]), self._table
+        buffer, page = self._buffers[layer], self._page
+        batch, capacity, width = buffer.shape
+        if self._table is None or self._table.numel() * page != batch * capacity:
+            # All layers' buffers are alike: row b owns the pages b·S/page to (b + 1)·S/page − 1.
+            owned = torch.arange(batch * capacity // page, dtype=torch.int32, device=buffer.device)
+            self._table = owned.view(batch, -1)
+        return buffer.view(-1, page, width), self._table
 
     def advance(self, new: int, lengths: Int[Tensor, " B"] | None = None) -> None:
         """Count the tokens of this step as held, after every layer has appended them."""
@@ -176,8 +188,7 @@ class LatentCache:
             )
         capacity = max(needed, self._first_capacity, 0 if old is None else 2 * old.shape[1])
         capacity = max(needed, min(capacity, self.config.max_position_embeddings))
-        if for_layers(like):
-            capacity = -(-capacity // PAGE) * PAGE
+        capacity = -(-capacity // self._page) * self._page
         with torch.inference_mode(False):  # begun in inference mode, it may go on outside
             buffer = torch.empty(like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=like.device)
         if old is not None:

@@ -8,30 +8,26 @@ there is no capacity and nothing is dropped, in training or inference (paper §2
 from __future__ import annotations
 
 import warnings
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..config import ModelConfig
-from ..kernels.elementwise.gated import swiglu
-from ..kernels.matmul.grouped_gemm import grouped_gemm, grouped_gemm_ref
-from ..kernels.moe.permutation import permute, unpermute
-from ..kernels.moe.placement import place_visits_ref
-from ..kernels.toolchain.targets import for_layers
-from .expert_by_expert import experts_one_by_one
+from ..linear import PLAIN, Linear, PlainRecipe, stacked_linear
 from .router import Router
-
-CACHED_VALUES = 2**18  # of an MLP's hidden layer at a time: 1 MiB in FP32
 
 
 class Routing(NamedTuple):
     """How one mixture layer spread its tokens.
 
     Args:
-        indices: chosen experts, Int64 [B, T, A]. scores: affinities s, [B, T, E], in the graph.
+        indices: chosen experts, Int64 [B, T, A].
+        scores: affinities s, [B, T, E], in the graph.
     """
 
     indices: Int[Tensor, "B T A"]
@@ -45,19 +41,12 @@ class MLP(nn.Module):
         super().__init__()
         with warnings.catch_warnings():  # width 0, no shared expert, gives a tensor that torch finds odd
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            self.gate_proj = nn.Linear(hidden, width, bias=False)
-            self.up_proj = nn.Linear(hidden, width, bias=False)
-            self.down_proj = nn.Linear(width, hidden, bias=False)
+            self.gate_proj = Linear(hidden, width, bias=False)
+            self.up_proj = Linear(hidden, width, bias=False)
+            self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """The same for each token; on a CPU a few rows at a time, whose hidden values stay in its cache."""
-        rows = CACHED_VALUES // max(self.gate_proj.out_features, 1)
-        if x.device.type != "cpu" or x.numel() <= rows * x.shape[-1]:
-            return self._swiglu(x)
-        parts = x.flatten(0, -2).split(rows)
-        return torch.cat([self._swiglu(part) for part in parts]).view_as(x)
-
-    def _swiglu(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """The same for each token."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -65,8 +54,15 @@ class Experts(nn.Module):
     """The routed experts' weights, stacked, with gate and up projection in one matrix.
 
     Attributes:
-        gate_up_proj: [E, 2F, D], gate rows first. down_proj: [E, D, F].
+        gate_up_proj: [E, 2F, D], gate rows first.
+        down_proj: [E, D, F].
+        gate_up_recipe: how the first product is made.
+        down_recipe: how the second is.
     """
+
+    gate_up_recipe: PlainRecipe = PLAIN
+    down_recipe: PlainRecipe = PLAIN
+    recipes = MappingProxyType({"gate_up_recipe": "gate_up_proj", "down_recipe": "down_proj"})
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,48 +76,37 @@ class Experts(nn.Module):
         """Σ g · FFN_i(x) over each token's experts (second sum of Eq. 12).
 
         Args:
-            x: tokens. indices: their experts. weights: gate values g, FP32.
+            x: tokens.
+            indices: their experts.
+            weights: gate values g, FP32.
         """
-        if for_layers(x):
-            return self.on_kernels(x, indices, weights)
         visits = sort_by_expert(indices, self.gate_up_proj.shape[0])
-        if x.device.type == "cpu" and x.element_size() >= 4:
-            matrices = (self.gate_up_proj, self.down_proj)
-            weights = weights.to(x.dtype)
-            return experts_one_by_one(x, weights, *matrices, visits.order, visits.inverse, visits.counts)
-        return self.staged(x, weights, visits)
-
-    def staged(
-        self, x: Float[Tensor, "N D"], weights: Float[Tensor, "N A"], visits: Visits
-    ) -> Float[Tensor, "N D"]:
-        """The same in stages, each over all experts: the plain form of the two others."""
-        multiply = grouped_gemm if x.device.type == "cpu" else grouped_gemm_ref
-        rows = dispatch(x, visits)
-        gate, up = multiply(rows, self.gate_up_proj, visits.counts).chunk(2, -1)
-        y = multiply(F.silu(gate) * up, self.down_proj, visits.counts)
+        y = self.answer(dispatch(x, visits), visits.counts)
         return combine(y, weights.to(y.dtype), visits)
 
-    def on_kernels(
-        self, x: Float[Tensor, "N D"], indices: Int[Tensor, "N A"], weights: Float[Tensor, "N A"]
-    ) -> Float[Tensor, "N D"]:
-        """The same stages, each one kernel; how many tokens an expert got never leaves the GPU."""
-        rows, counts, positions = permute(x, indices, self.gate_up_proj.shape[0])
-        hidden = swiglu(grouped_gemm(rows, self.gate_up_proj, counts))
-        return unpermute(grouped_gemm(hidden, self.down_proj, counts), positions, weights)
+    def answer(self, rows: Float[Tensor, "NA D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "NA D"]:
+        """Each expert's network over its own rows.
+
+        Args:
+            rows: sorted by expert.
+            counts: rows of each expert.
+        """
+        gate, up = stacked_linear(rows, self.gate_up_proj, counts, self.gate_up_recipe).chunk(2, -1)
+        return stacked_linear(F.silu(gate) * up, self.down_proj, counts, self.down_recipe)
 
 
 class Visits(NamedTuple):
     """Which token goes where, as a permutation of the N x A visits.
 
     Args:
-        token: of each sorted visit, the token that makes it, Int64 [NA].
-        order: of each sorted visit, its place in the flattened [N, A].
+        token: of each sorted visit, the token that makes it, Int64 [NA]; ``None`` where a kernel needs it not.
+        order: of each sorted visit, its place in the flattened [N, A]; ``None`` likewise.
         inverse: of each place in [N, A], its row among the sorted, Int64 [N, A].
         counts: visits per expert, zeros included, Int64 [E].
     """
 
-    token: Int[Tensor, " NA"]
-    order: Int[Tensor, " NA"]
+    token: Int[Tensor, " NA"] | None
+    order: Int[Tensor, " NA"] | None
     inverse: Int[Tensor, "N A"]
     counts: Int[Tensor, " E"]
 
@@ -130,10 +115,14 @@ def sort_by_expert(indices: Int[Tensor, "N A"], n_experts: int) -> Visits:
     """Lay all visits of one expert side by side, tokens in order within it.
 
     Args:
-        indices: chosen experts. n_experts: how many there are.
+        indices: chosen experts.
+        n_experts: how many there are.
     """
-    order, inverse, counts = place_visits_ref(indices, n_experts)
-    return Visits(order // indices.shape[1], order, inverse, counts)
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    counts = torch.bincount(flat, minlength=n_experts)
+    return Visits(order // max(indices.shape[1], 1), order, inverse.view_as(indices), counts)
 
 
 def dispatch(x: Float[Tensor, "N D"], visits: Visits) -> Float[Tensor, "NA D"]:
@@ -164,6 +153,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, visits.token)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _gather_sum(grad.contiguous(), None, ctx.visits.inverse), None
 
@@ -176,6 +166,7 @@ class _Combine(torch.autograd.Function):
         return _gather_sum(y, weights, visits.inverse)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         y, weights = ctx.saved_tensors
         visits = ctx.visits

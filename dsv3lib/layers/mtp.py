@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import Step
+from ..linear import Linear
+from ..recompute import run
 from .block import Block
 from .experts import Routing
 from .norm import RMSNorm
-from .recompute import run
+from .step import Step
 
 
 class SharedHead(nn.Module):
@@ -35,14 +36,15 @@ class MTPModule(Block):
     code has it.
 
     Args:
-        config: sizes. layer: its index in the checkpoint, ``num_hidden_layers`` + k − 1.
+        config: sizes.
+        layer: its index in the checkpoint, ``num_hidden_layers`` + k − 1.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
     def advance(
@@ -51,14 +53,26 @@ class MTPModule(Block):
         """One link of the chain.
 
         Args:
-            hidden: h^{k−1}, normalised. embedding: of the token k places ahead of each position.
+            hidden: h^{k−1}, normalised.
+            embedding: of the token k places ahead of each position.
+            step: the facts of the call.
 
         Returns:
             h^k, normalised: the output head's input and the next module's ``hidden``; and the routing.
         """
-        joined = run(step.recipes, self._join, embedding, hidden)
-        x, routing = super().forward(self.eh_proj(joined), step)
-        return run(step.recipes, self.shared_head.norm, x), routing
+        x, routing = self(self.enter(hidden, embedding, step), step)
+        return self.leave(x, step), routing
 
-    def _join(self, embedding: Tensor, hidden: Tensor) -> Tensor:
-        return torch.cat([self.enorm(embedding), self.hnorm(hidden)], -1)
+    def enter(
+        self, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"], step: Step
+    ) -> Float[Tensor, "B T D"]:
+        """The block's input, M [norm e; norm h]; arguments as for ``advance``."""
+        return self.eh_proj(run(step.recompute, self._join, embedding, hidden, step))
+
+    def leave(self, x: Float[Tensor, "B T D"], step: Step) -> Float[Tensor, "B T D"]:
+        """The block's output, normalised: h^k."""
+        return run(step.recompute, step.backend.norm, self.shared_head.norm, x)
+
+    def _join(self, embedding: Tensor, hidden: Tensor, step: Step) -> Tensor:
+        norm = step.backend.norm
+        return torch.cat([norm(self.enorm, embedding), norm(self.hnorm, hidden)], -1)

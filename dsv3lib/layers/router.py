@@ -7,14 +7,15 @@ graph moves it after each step (``training.balance.update_bias``).
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.moe.gate_kernel import best, choose, gate
-from ..kernels.toolchain.targets import for_layers
+from ..errors import InputError
+from ..linear import PLAIN, PlainRecipe, linear
 
 
 def route(
@@ -31,7 +32,9 @@ def route(
     Equal affinities are settled for the lower index, on every device.
 
     Args:
-        scores: s = sigmoid(u · e), FP32, one row a token. bias: b, FP32. config: sizes and switches.
+        scores: s = sigmoid(u · e), FP32, one row a token.
+        bias: b, FP32.
+        config: sizes and switches.
 
     Returns:
         indices, Int64, best first; and weights, FP32, in the same order.
@@ -46,6 +49,58 @@ def route(
     )  # fmt: skip
 
 
+def choose(
+    scores: Float[Tensor, "N E"],
+    bias: Float[Tensor, " E"],
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm: bool,
+    scale: float,
+) -> tuple[Int[Tensor, "N A"], Float[Tensor, "N A"]]:
+    """The rule of ``route`` by its numbers, for whoever has no configuration.
+
+    Args:
+        scores: s.
+        bias: b.
+        top_k: K_r, experts a token visits.
+        n_group: groups of experts.
+        topk_group: M, how many of them one token may use.
+        norm: divide by the sum over the chosen.
+        scale: ``routed_scaling_factor``.
+    """
+    if scores.device.type == "cpu" and torch.isnan(scores.sum()):
+        raise InputError(
+            f"scores: {int(scores.isnan().sum())} of {scores.numel()} are NaN, expected affinities in [0, 1]; "
+            "the hidden state or the router's weight is spoilt"
+        )
+    chosen_by = scores + bias  # 1
+    if n_group > 1:  # 2
+        grouped = chosen_by.unflatten(-1, (n_group, -1))
+        group_scores = grouped.topk(2, dim=-1, sorted=False).values.sum(-1)
+        dropped = torch.ones_like(group_scores, dtype=torch.bool)
+        dropped.scatter_(-1, best(group_scores, topk_group), False)
+        chosen_by = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
+    indices = best(chosen_by, top_k)  # 3
+    weights = scores.gather(-1, indices)  # 4
+    if norm:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return indices, weights * scale
+
+
+def best(values: Float[Tensor, "*N E"], k: int) -> Int[Tensor, "*N k"]:
+    """Indices of the ``k`` largest values, largest first, the lower index first among equals.
+
+    ``torch.topk`` leaves the order of equals to the device; a stable sort does not.
+
+    Args:
+        values: one row a choice.
+        k: how many of each.
+    """
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
 def sequence_balance_loss(
     scores: Float[Tensor, "B T E"],
     experts_per_token: int,
@@ -58,7 +113,9 @@ def sequence_balance_loss(
     fair share; P_i is its mean normalised affinity. The gradient flows through P alone.
 
     Args:
-        scores: s, sigmoid affinities. experts_per_token: K_r. alpha: α.
+        scores: s, sigmoid affinities.
+        experts_per_token: K_r.
+        alpha: α.
         valid: which positions are tokens and no padding; ``None`` means all.
 
     Returns:
@@ -88,7 +145,11 @@ def balance_loss(
     The batch-wise form asks for less: one sequence may be all code, as long as the batch is mixed.
 
     Args:
-        scores, experts_per_token, alpha, valid: as in ``sequence_balance_loss``. over: "sequence" or "batch".
+        scores: as in ``sequence_balance_loss``.
+        experts_per_token: the same.
+        alpha: the same.
+        over: "sequence" or "batch".
+        valid: as in ``sequence_balance_loss``.
     """
     if over == "batch":
         scores = scores.flatten(0, 1)[None]
@@ -105,6 +166,8 @@ class Router(nn.Module):
     """
 
     e_score_correction_bias: Tensor
+    recipe: PlainRecipe = PLAIN
+    recipes = MappingProxyType({"recipe": ""})
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,29 +177,29 @@ class Router(nn.Module):
             "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
         )
 
-    def scores(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
-        """s = sigmoid(u · e_i) (Eq. 15), at least in FP32."""
+    def logits(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
+        """u · e_i, at least in FP32, also under autocast: in BF16 one token in ten would choose other experts."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.logits(x)
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
-        return F.linear(x, self.weight.to(x.dtype)).sigmoid()
+        return linear(x, self.weight.to(x.dtype), None, self.recipe)
+
+    def scores(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
+        """s = sigmoid(u · e_i) (Eq. 15), at least in FP32."""
+        return self.logits(x).sigmoid()
 
     def forward(
         self, x: Float[Tensor, "N D"]
     ) -> tuple[Int[Tensor, "N A"], Float[Tensor, "N A"], Float[Tensor, "N E"]]:
         """Experts of each token, their gate values, and the affinities s (for the balance loss)."""
-        cfg = self.config
-        if for_layers(x):
-            return gate(
-                F.linear(x.float(), self.weight.float()), self.e_score_correction_bias,
-                top_k=cfg.num_experts_per_tok, n_group=cfg.n_group, topk_group=cfg.topk_group,
-                norm=cfg.norm_topk_prob, scale=cfg.routed_scaling_factor,
-            )  # fmt: skip
         scores = self.scores(x)
-        indices, weights = route(scores, self.e_score_correction_bias, cfg)
-        return indices, weights, scores
+        return *route(scores, self.e_score_correction_bias, self.config), scores
 
     def _apply(self, fn, recurse=True):
-        # ``model.bfloat16()`` must not round the bias: its steps of γ = 0.001 would vanish in BF16.
+        # ``model.bfloat16()`` must not round the bias: its steps of γ = 0.001 would vanish in BF16. torch leaves a
+        # buffer no other way to stay in FP32.
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias

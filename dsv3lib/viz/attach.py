@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import DeepSeekV3
-from ..outputs import ModelOutput
+from ..model.outputs import ModelOutput
 from .load_history import LoadHistory
 
 

@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ..config import ModelConfig
-from ..costs import forward_flops
 from ..model import DeepSeekV3
+from ..model.costs import forward_flops
 from . import style
 
 PARTS = {

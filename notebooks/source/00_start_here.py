@@ -365,7 +365,7 @@ print("the same kinds:", tensors(big) == tensors(model))
 # right rule; the question is for which parameters.
 
 # %%
-from dsv3lib.costs import forward_flops
+from dsv3lib.model.costs import forward_flops
 
 per_token = forward_flops(v3, context=4096)
 products = sum(per_token.values()) - per_token["attention_core"]
@@ -391,7 +391,7 @@ print(f"main {counts['main'] / 1e9:.2f}B + module {counts['mtp'] / 1e9:.2f}B + c
 # figure is 2,664,000 hours of H800 GPUs for pre-training (Table 1), on 2,048 of them.
 
 # %%
-from dsv3lib.costs import training_flops
+from dsv3lib.model.costs import training_flops
 
 speed = float(np.median([r["tokens_per_second"] for r in records[-10:]]))
 tokens_v3, gpu_seconds = 14.8e12, 2_664_000 * 3600

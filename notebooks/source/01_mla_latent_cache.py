@@ -62,7 +62,7 @@ print(f"that is the whole memory of {ordinary * context / 80e9:.1f} GPUs of 80 G
 predict("mla.p1", "How much does V3 really keep for those 131,072 tokens?", number=(1.0, 1000.0, "GiB"))
 
 # %%
-from dsv3lib.costs import cache_bytes_per_token
+from dsv3lib.model.costs import cache_bytes_per_token
 
 kept = cache_bytes_per_token(v3)
 assert kept == 70_272 and round(ordinary / kept, 1) == 71.1
@@ -222,7 +222,7 @@ reveal("mla.p2", "it stays the same", because="One matrix moves before the softm
 with torch.no_grad():
     x = h[None]  # a batch of one
     latents = attention.latents(x, Step(turns))
-    q = attention.queries(attention.q_a_proj(x), turns)
+    q = attention.queries(x, Step(turns))
     torch.testing.assert_close(latents[0], cached)
     torch.testing.assert_close(attention.expanded(q[:, :, -1:], latents)[0, 0], expanded)
     torch.testing.assert_close(attention.absorbed(q[:, :, -1:], latents)[0, 0], expanded)
@@ -266,7 +266,7 @@ predict("mla.p3", "With V3's heads, which of the four keeps the fewest bytes?", 
 # bytes it holds. (The layers are in [dsv3lib/layers/variants.py](../dsv3lib/layers/variants.py).)
 
 # %%
-from dsv3lib.layers.variants import cached_layer_bytes
+from dsv3lib.model.variants import cached_layer_bytes
 
 one, many = cached_layer_bytes(v3, tokens=1), cached_layer_bytes(v3, tokens=64)
 assert many == {name: 64 * size for name, size in one.items()}  # so it grows in proportion
@@ -306,7 +306,7 @@ predict(
 )
 
 # %%
-from dsv3lib.costs import attention_flops_per_cached_token
+from dsv3lib.model.costs import attention_flops_per_cached_token
 
 flops = {form: attention_flops_per_cached_token(v3, form) for form in ("expanded", "absorbed")}
 ratio = flops["expanded"] / flops["absorbed"]

@@ -351,7 +351,7 @@ assert found["softmax"] > found["sigmoid"]
 # crosses a wire ([dsv3lib/layers/traffic.py](../dsv3lib/layers/traffic.py)).
 
 # %%
-from dsv3lib.layers.traffic import Cluster, count_traffic
+from dsv3lib.parallel.traffic import Cluster, count_traffic
 
 
 def traffic_of(config, tokens=2000, gpus=32):

@@ -95,7 +95,7 @@ def check_textbook(config: ModelConfig, seed: int, batch: int, length: int, **tw
     attn = attention(config, seed)
     x, step = inputs(config, seed, batch, length)
     with torch.no_grad():
-        expected = textbook(attn, x, step.turns, **twin)
+        expected = textbook(attn, x, step.rotations, **twin)
         torch.testing.assert_close(attn(x, step), expected, rtol=1e-11, atol=1e-11)
 
 
@@ -154,8 +154,7 @@ def check_forms(
         mask = (torch.arange(length) <= ends)[:, None]
     with torch.no_grad():
         latents = attn.latents(x, step)
-        c_q = x if config.q_lora_rank is None else attn.q_a_proj(x)
-        q = attn.queries(c_q, step.turns)[:, :, -new:].contiguous()
+        q = attn.queries(x, step)[:, :, -new:].contiguous()
         expanded = attn.expanded(q, latents, mask)
         if spoil:
             latents = latents.clone()
@@ -193,10 +192,10 @@ def test_both_forms_agree_in_bf16() -> None:
     attn = attention(config, 0)
     x, step = inputs(config, 0, 2, 40)
     with torch.no_grad():
-        exact = attn.expanded(attn.queries(attn.q_a_proj(x), step.turns), attn.latents(x, step))
+        exact = attn.expanded(attn.queries(x, step), attn.latents(x, step))
         attn, x = attn.bfloat16(), x.bfloat16()
         step = Step(RotaryEmbedding(config).table(40, x))
-        q, latents = attn.queries(attn.q_a_proj(x), step.turns), attn.latents(x, step)
+        q, latents = attn.queries(x, step), attn.latents(x, step)
         for form in (attn.expanded, attn.absorbed):
             y = form(q, latents)
             assert y.dtype == torch.bfloat16
@@ -213,7 +212,7 @@ def test_gradients_of_the_training_form_are_the_textbook_s(
     towards = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
     wanted = (x, *attn.parameters())
     got = torch.autograd.grad(attn(x, step), wanted, towards)
-    expected = torch.autograd.grad(textbook(attn, x, step.turns), wanted, towards)
+    expected = torch.autograd.grad(textbook(attn, x, step.rotations), wanted, towards)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, assert_rejects, build, configs, small, tokens
 
 from dsv3lib import ModelConfig
+from dsv3lib.backends.cpu import Cpu
 from dsv3lib.layers.experts import Experts, MixtureOfExperts, combine, dispatch, sort_by_expert
 
 CASES = {"config": configs(max_layers=1), "seed": SEEDS, "n_tokens": st.integers(1, 12)}
@@ -186,10 +187,13 @@ def test_bf16_experts_stay_near_fp32() -> None:
 
 
 @given(**CASES)
-def test_in_stages_equals_one_by_one(config: ModelConfig, seed: int, n_tokens: int) -> None:
-    """The GPU's path, run on the CPU: the plain form beside ``experts_one_by_one``."""
+def test_one_expert_after_the_other_equals_one_by_one(config: ModelConfig, seed: int, n_tokens: int) -> None:
+    """The CPU's own form, in the stages in which a block runs it."""
 
-    def staged(experts: Experts, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor):
-        return experts.staged(x, weights, sort_by_expert(indices, config.n_routed_experts))
+    def on_cpu(experts: Experts, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor):
+        compute = Cpu()
+        sent = compute.dispatch(experts, x, indices, weights)
+        assert not sent.gathered
+        return compute.combine(compute.experts(experts, sent), sent)
 
-    check(staged, config, seed, n_tokens)
+    check(on_cpu, config, seed, n_tokens)

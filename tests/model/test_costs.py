@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
-from dsv3lib.costs import (
+from dsv3lib.model.costs import (
     attention_flops_per_cached_token,
     cache_bytes_per_token,
     forward_flops,

@@ -17,8 +17,8 @@ from strategies import build, small, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig, YarnScaling, kernels
+from dsv3lib.backends import triton_attention
 from dsv3lib.kernels.toolchain import targets
-from dsv3lib.layers import attention_on_kernels
 from dsv3lib.layers.attention import scaled_attention
 from dsv3lib.training.loop.settings import TrainingConfig
 from dsv3lib.training.loop.trainer import Trainer
@@ -207,7 +207,7 @@ def test_expanded_rows_end_where_their_length_says(device, held):
     for row, end in enumerate(ends.tolist()):
         k[row, end:], v[row, end:], k_rope[row, end:] = 1e3, 1e3, 1e3
     flat = (x.flatten(0, 1) for x in (k, v, k_rope))
-    got = attention_on_kernels.expanded(q, *flat, None if held is None else ends.int(), 0.3)
+    got = triton_attention.expanded(q, *flat, None if held is None else ends.int(), 0.3)
     for row, end in enumerate(ends.tolist()):
         keys = torch.cat([k[row], k_rope[row, :, None].expand(-1, 3, -1)], -1)[:end].transpose(0, 1)
         expected = scaled_attention(q[row, None], keys[None], v[row, None, :end].transpose(1, 2), None, 0.3)
@@ -253,7 +253,7 @@ def test_the_host_never_waits(device, monkeypatch):
     config = small(num_nextn_predict_layers=0)
     model = made(config, device)
     ids = tokens(config, 1, 4).to(device)
-    monkeypatch.setattr("dsv3lib.model.check_inputs", lambda *inputs: None)
+    monkeypatch.setattr("dsv3lib.model.deepseek_v3.check_inputs", lambda *inputs: None)
     cache = LatentCache(config)
     with torch.no_grad():
         model(ids, cache=cache)

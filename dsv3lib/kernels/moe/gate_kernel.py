@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import InputError, KernelError
+from ...errors import KernelError
+from ...layers.router import choose
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
@@ -92,53 +93,9 @@ def gate(
 def gate_ref(
     logits: Float[Tensor, "T E"], bias: Float[Tensor, " E"], **how: Any
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"], Float[Tensor, "T E"]]:
-    """The plain form: affinities, then ``choose``. Arguments as for ``gate``."""
+    """The plain form: affinities, then the rule of ``layers.router``. Arguments as for ``gate``."""
     scores = logits.sigmoid()
     return *choose(scores, bias, **how), scores
-
-
-def choose(
-    scores: Float[Tensor, "T E"],
-    bias: Float[Tensor, " E"],
-    *,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm: bool,
-    scale: float,
-) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """The rule itself, in PyTorch; ``layers.router.route`` tells it with the model's configuration.
-
-    Raises:
-        InputError: a score is NaN, which would be chosen first by every sort (seen on the CPU alone; to ask
-            a GPU would stall it).
-    """
-    if scores.device.type == "cpu" and torch.isnan(scores.sum()):
-        raise InputError(
-            f"scores: {int(scores.isnan().sum())} of {scores.numel()} are NaN, expected affinities in [0, 1]; "
-            "the hidden state or the router's weight is spoilt"
-        )
-    chosen_by = scores + bias
-    if n_group > 1:
-        grouped = chosen_by.unflatten(-1, (n_group, -1))
-        group_scores = grouped.topk(2, dim=-1, sorted=False).values.sum(-1)
-        kept = best(group_scores, topk_group)
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
-        # −inf and not 0: a biased affinity may be negative, and a 0 would win.
-        chosen_by = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
-    indices = best(chosen_by, top_k)
-    weights = scores.gather(-1, indices)
-    if norm:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return indices, weights * scale
-
-
-def best(values: Float[Tensor, "*N E"], k: int) -> Int[Tensor, "*N k"]:
-    """Indices of the ``k`` largest values, largest first, the lower index first among equals.
-
-    ``torch.topk`` leaves the order of equals to the device; a stable sort does not.
-    """
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def _check_gate(logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ...errors import KernelError
+from ...layers.experts import sort_by_expert
 from ..toolchain import tuning
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device, on_triton
@@ -63,15 +64,13 @@ def place_visits(
 def place_visits_ref(
     indices: Int[Tensor, "T K"], n_experts: int
 ) -> tuple[Int[Tensor, " TK"], Int[Tensor, "T K"], Int[Tensor, " E"]]:
-    """The plain form: a stable sort, its inverse, and the counts.
+    """The plain form: ``layers.experts.sort_by_expert``.
 
     Returns:
         order: of each sorted visit, its place in the flattened [T, K]; then positions and counts.
     """
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return order, inverse.view_as(indices), torch.bincount(flat, minlength=n_experts)
+    visits = sort_by_expert(indices, n_experts)
+    return visits.order, visits.inverse, visits.counts
 
 
 def check_experts(indices: Tensor, n_experts: int) -> None:

@@ -64,14 +64,6 @@ def available(tensor: Tensor) -> bool:
     return interpreted() and tensor.device.type == "cpu"
 
 
-def for_layers(tensor: Tensor) -> bool:
-    """What a layer asks before it chooses between kernels and PyTorch: there is one, and the values are not FP64.
-
-    It is asked several times a layer, also where the answer is no: half a microsecond on a CPU.
-    """
-    return available(tensor) and tensor.dtype != torch.float64
-
-
 def has_fp8(device: torch.device) -> bool:
     """Whether E4M3 kernels run there: sm_89 or newer, or the interpreter."""
     return device.type == "cpu" or capability(device) >= FP8_CAPABILITY

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsv3lib.config import PRESETS, ModelConfig
-from dsv3lib.costs import attention_flops_per_cached_token, cache_bytes_per_token
 from dsv3lib.course.exercises import mla
 from dsv3lib.course.judge import judge
 from dsv3lib.layers.attention import MultiHeadLatentAttention, Step
 from dsv3lib.layers.rope import RotaryEmbedding
+from dsv3lib.model.costs import attention_flops_per_cached_token, cache_bytes_per_token
 
 BY_ID = {one.id: one for one in mla.EXERCISES}
 
@@ -31,7 +31,7 @@ def test_score_solutions_agree_with_the_library_s_attention() -> None:
     x = torch.randn(2, 9, c.hidden_size, dtype=torch.float64)
     step = Step(RotaryEmbedding(c).table(9, x))
     latents = layer.latents(x, step)
-    q = layer.queries(layer.q_a_proj(x), step.turns)[:, :, -1]
+    q = layer.queries(x, step)[:, :, -1]
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     c_kv, k_rope = latents.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     w_uk, w_uv = layer.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split(

@@ -9,7 +9,7 @@ from dsv3lib import ModelConfig
 from dsv3lib.errors import ConfigError, InputError
 from dsv3lib.layers.experts import combine, dispatch, sort_by_expert
 from dsv3lib.layers.router import route
-from dsv3lib.layers.traffic import Cluster, count_traffic
+from dsv3lib.parallel.traffic import Cluster, count_traffic
 
 V3 = ModelConfig.preset("v3-671b")
 

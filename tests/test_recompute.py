@@ -11,7 +11,7 @@ from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.layers.attention import MultiHeadLatentAttention
 from dsv3lib.layers.experts import MixtureOfExperts
 from dsv3lib.layers.norm import RMSNorm
-from dsv3lib.layers.recompute import Recipes
+from dsv3lib.recompute import Recompute
 
 
 def step(model: DeepSeekV3, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -131,7 +131,7 @@ def test_evaluation_and_generation_take_the_plain_road() -> None:
         assert model.generate(tokens(config, 1, 3), max_new_tokens=2, stop_tokens=[]).shape == (1, 5)
 
 
-def test_a_recipe_is_kept_instead_of_what_it_makes() -> None:
+def test_a_call_is_kept_instead_of_what_it_makes() -> None:
     """The smallest example: backward of a square needs h = sin(x), which is made again from x."""
     x = torch.linspace(0, 1, 5, requires_grad=True)
     made = []
@@ -140,9 +140,9 @@ def test_a_recipe_is_kept_instead_of_what_it_makes() -> None:
         made.append(v)
         return v.sin()
 
-    recipes = Recipes()
-    with recipes.saving():
-        h = recipes.run(sine, x)
+    recompute = Recompute()
+    with recompute.saving():
+        h = recompute.run(sine, x)
         y = (h * h).sum()
     assert len(made) == 1
     y.backward()

@@ -1,4 +1,4 @@
-"""Attention's two forms where there are kernels: what ``attention`` computes, handed over as the kernels want it.
+"""Attention's two forms on Triton kernels: what ``layers.attention`` computes, handed over as the kernels want it.
 
 The kernels read tokens where they lie. *Absorbed* takes the cache's pages; *expanded* takes all rows of a batch as
 packed documents, the shared rotary key once, and the last queries of a row that has more keys. Rows of unequal length
@@ -20,40 +20,35 @@ MOST_CALLS = 4  # of the decoding kernel for one call's new tokens; beyond, expa
 
 
 def decodes(q: Float[Tensor, "B H T QK"]) -> bool:
-    """Whether the decoding kernel takes these queries: it is made for a few, and keeps no gradient."""
+    """Whether the decoding kernel takes these queries: it is made for few, and keeps no gradient."""
     return q.shape[2] <= MOST_CALLS * MOST_NEW and not (torch.is_grad_enabled() and q.requires_grad)
 
 
-def absorbed(
-    q: Float[Tensor, "B H T QK"],
-    w_uk: Float[Tensor, "H K C"],
-    w_uv: Float[Tensor, "H V C"],
+def attend_to_pages(
+    q: Float[Tensor, "B T H latent"],
     pages: tuple[Tensor, Tensor],
-    held: Int[Tensor, " B"],
+    totals: Int[Tensor, " B"],
     scale: float,
-) -> Float[Tensor, "B T H V"]:
-    """Queries into the latent space, attention over the cache's pages, results back.
+    rank: int,
+) -> Float[Tensor, "B T H C"]:
+    """Attention of queries in the latent space over the cache's pages.
 
     The kernel takes four new tokens at a time; what comes later in a row is hidden from those before it by
     the length alone.
 
     Args:
-        q: queries. w_uk, w_uv: the up-projections. pages: of the layer's cache, and each row's in order.
-        held: tokens of each row, the new ones included. scale: of the scores.
+        q: queries, carried into the latent space.
+        pages: of the layer's cache, and each row's in order.
+        totals: tokens of each row, the new ones included.
+        scale: of the scores.
+        rank: C, width of the latent.
     """
-    (batch, heads, n_new), rank = q.shape[:3], w_uk.shape[2]
-    # One product a head over all tokens: [H, B T, K] x [H, K, C].
-    q_nope, q_rope = q.transpose(0, 1).flatten(1, 2).tensor_split([w_uk.shape[1]], -1)
-    q_latent = torch.cat([(q_nope @ w_uk).transpose(0, 1), q_rope.transpose(0, 1)], -1)
-    q_latent = q_latent.view(batch, n_new, heads, -1)
-    parts = []
+    parts, n_new = [], q.shape[1]
     for start in range(0, n_new, MOST_NEW):
-        some = q_latent[:, start : start + MOST_NEW]
-        seen = held - (n_new - start - some.shape[1])
+        some = q[:, start : start + MOST_NEW]
+        seen = totals - (n_new - start - some.shape[1])
         parts.append(mla_decode(some, *pages, seen, scale, rank)[0])
-    u_HBTC = torch.cat(parts, 1).permute(2, 0, 1, 3).flatten(1, 2)
-    u_HBTV = (u_HBTC @ w_uv.transpose(1, 2)).unflatten(1, (batch, n_new))
-    return u_HBTV.permute(1, 2, 0, 3)
+    return torch.cat(parts, 1)
 
 
 def expanded(
@@ -61,23 +56,27 @@ def expanded(
     k: Float[Tensor, "BS H K"],
     v: Float[Tensor, "BS H V"],
     k_rope: Float[Tensor, "BS R"],
-    held: Int[Tensor, " B"] | None,
+    totals: Int[Tensor, " B"] | None,
     scale: float,
 ) -> Float[Tensor, "B T H V"]:
     """Causal attention of the last T positions of each row over all of them; differentiable.
 
     Args:
-        q: queries. k, v: contents of keys and values of all rows, one after the other. k_rope: the shared part.
-        held: positions of each row that count, where rows are of unequal length; ``None``: all.
+        q: queries.
+        k: contents of the keys of all rows, one after the other.
+        v: values, the same.
+        k_rope: the shared part of the keys.
+        totals: positions of each row that count, where rows are of unequal length; ``None``: all.
+        scale: of the scores.
     """
     batch, _, n_new = q.shape[:3]
     n_total = k.shape[0] // batch
-    if held is None:
+    if totals is None:
         starts, k_starts = borders(batch, n_new, q.device), borders(batch, n_total, q.device)
     else:
         # What lies in a row beyond its end is a document of its own, which nobody asks about.
         first = borders(batch, n_total, q.device)
-        k_starts = torch.cat([torch.stack([first[:-1], first[:-1] + held], 1).flatten(), first[-1:]]).int()
+        k_starts = torch.cat([torch.stack([first[:-1], first[:-1] + totals], 1).flatten(), first[-1:]]).int()
         starts = borders(batch, n_new, q.device).repeat_interleave(2)[1:]
     tokens = q.transpose(1, 2).flatten(0, 1)
     out, _ = mla_prefill(tokens, k, v, starts, scale, k_starts=k_starts, k_rope=k_rope)

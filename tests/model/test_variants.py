@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3lib.config import ModelConfig
-from dsv3lib.costs import cache_bytes_per_token
 from dsv3lib.errors import ConfigError
 from dsv3lib.layers.rope import RotaryEmbedding, apply_rope
-from dsv3lib.layers.variants import GroupedQueryAttention, KeyValueCache, cached_layer_bytes
+from dsv3lib.model.costs import cache_bytes_per_token
+from dsv3lib.model.variants import GroupedQueryAttention, KeyValueCache, cached_layer_bytes
 
 CONFIG = ModelConfig.preset("nano")
 

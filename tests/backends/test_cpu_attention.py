@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3lib.layers import causal_attention as module
-from dsv3lib.layers.attention import scaled_attention
-from dsv3lib.layers.causal_attention import BLOCK, GROUP, MOST_TOKENS, causal_attention, causal_attention_ref
+from dsv3lib.backends import cpu_attention as module
+from dsv3lib.backends.cpu import Cpu
+from dsv3lib.backends.cpu_attention import BLOCK, GROUP, MOST_TOKENS, causal_attention, causal_attention_ref
 
 SCALE = 0.37
 
@@ -53,4 +53,4 @@ def test_a_mask_off_by_one_would_show(monkeypatch, diagonal: int) -> None:
 def test_both_sides_of_the_choice_agree(tokens: int) -> None:
     q, k, v = (x.detach().float()[None] for x in operands(2, tokens, 6, 4))
     expected = causal_attention_ref(q[0], k[0], v[0], SCALE)
-    torch.testing.assert_close(scaled_attention(q, k, v, None, SCALE)[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Cpu().attend(q, k, v, None, SCALE)[0], expected, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@
 torch's fused attention is made for long contexts: its backward computes every score again, block by block.
 Up to about a thousand tokens the probabilities of a layer fit in memory, and it is quicker to keep them.
 Each block of rows meets the columns up to its own end, so that a little over half of the square is computed.
-``scaled_attention`` chooses; the plain formula is ``causal_attention_ref``.
+``backends.cpu`` chooses; the plain formula is ``causal_attention_ref``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
@@ -34,7 +35,10 @@ def causal_attention(
     """softmax(scale · q kᵀ + mask) v, where position t sees itself and what lies before (Eq. 10).
 
     Args:
-        q, k, v: N = batch x heads independent sequences. scale: 1/√(width of q), times YaRN's temperature.
+        q: queries of N = batch x heads independent sequences.
+        k: keys.
+        v: values.
+        scale: 1/√(width of q), times YaRN's temperature.
 
     Returns:
         Weighted values; differentiable once in q, k and v.
@@ -57,11 +61,12 @@ class _CausalAttention(torch.autograd.Function):
                 p = torch.softmax(scores, -1, out=scores)
                 out_g[:, start:end] = torch.bmm(p, v_g[:, :end])
                 kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)  # q as it came, not scaled: it may be kept as a recipe
+        ctx.save_for_backward(q, k, v, *kept)  # q as it came, not scaled: it may be made again instead of kept
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dsv3lib.model
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
+from dsv3lib.backends import one_token
+from dsv3lib.backends.choice import Choice, is_one_token
+from dsv3lib.backends.one_token import OneToken, route_one
 from dsv3lib.errors import InputError
-from dsv3lib.layers import one_token
-from dsv3lib.layers.attention import Step
-from dsv3lib.layers.one_token import applies, route_one
 from dsv3lib.layers.router import route
+from dsv3lib.layers.step import Step
 from dsv3lib.rope_settings import YarnScaling
 
 NANO = ModelConfig.preset("nano")
@@ -58,7 +58,7 @@ def test_equals_the_plain_layers(name, dtype, tolerance, monkeypatch) -> None:
     model = awake(CONFIGS[name], dtype)
     ids = torch.randint(model.config.vocab_size, (1, 12))
     fast, experts, cache = walk(model, ids, 5)
-    monkeypatch.setattr(dsv3lib.model, "applies", lambda *_: False)
+    monkeypatch.setattr(Choice, "one_token", lambda *_: None)
     plain, plain_experts, plain_cache = walk(model, ids, 5)
     torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
     for a, b in zip(experts, plain_experts, strict=True):
@@ -73,27 +73,35 @@ def test_a_wrong_operation_would_show(monkeypatch) -> None:
     model = awake(NANO, torch.float64)
     ids = torch.randint(model.config.vocab_size, (1, 8))
     right, _, _ = walk(model, ids, 5)
-    monkeypatch.setattr(one_token, "turned", lambda x, turn: x)  # no RoPE
+    monkeypatch.setattr(one_token, "rotated", lambda x, rotation: x)  # no RoPE
     wrong, _, _ = walk(model, ids, 5)
     assert torch.equal(right[:, :5], wrong[:, :5])
     assert (right - wrong)[:, 5:].abs().max() > 1e-6
 
 
-def test_is_taken_for_one_cached_token_in_inference_only() -> None:
+def test_is_taken_for_one_cached_token_in_inference_only(monkeypatch) -> None:
     cache = LatentCache(NANO)
     x = torch.zeros(1, 1, NANO.hidden_size)
-    turns = torch.zeros(1, NANO.qk_rope_head_dim // 2, dtype=torch.complex64)
+    rotations = torch.zeros(1, NANO.qk_rope_head_dim // 2, dtype=torch.complex64)
     with torch.no_grad():
         cache.plan(1, 40)
         cache.advance(40)
-        step = Step(turns, cache=cache)
-        assert applies(x, step, NANO)
-        assert not applies(x.bfloat16(), step, NANO)
-        assert not applies(x.expand(2, 1, -1), step, NANO)
-        assert not applies(x.expand(1, 2, -1), step, NANO)
-        assert not applies(x, Step(turns), NANO)
-        assert not applies(x, Step(turns, cache=cache, lengths=torch.tensor([1])), NANO)
-    assert not applies(x, step, NANO)  # gradients are wanted
+        step = Step(rotations, cache=cache)
+        assert is_one_token(x, step, NANO)
+        assert not is_one_token(x.expand(2, 1, -1), step, NANO)
+        assert not is_one_token(x.expand(1, 2, -1), step, NANO)
+        assert not is_one_token(x, Step(rotations), NANO)
+        assert not is_one_token(x, Step(rotations, cache=cache, lengths=torch.tensor([1])), NANO)
+    assert not is_one_token(x, step, NANO)  # gradients are wanted
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 7), (torch.float64, 7), (torch.bfloat16, 0)])
+def test_takes_each_token_behind_the_prompt(dtype, tokens, monkeypatch) -> None:
+    model, taken = awake(NANO, dtype), []
+    forward = OneToken.forward
+    monkeypatch.setattr(OneToken, "forward", lambda *call: taken.append(1) or forward(*call))
+    walk(model, torch.randint(model.config.vocab_size, (1, 12)), 5)
+    assert len(taken) == tokens
 
 
 @given(data=st.data())
@@ -149,7 +157,7 @@ def test_sees_weights_that_change(name, monkeypatch) -> None:
     with torch.no_grad():
         MOVES[name](model)
     after = one_more(model, ids)
-    monkeypatch.setattr(dsv3lib.model, "applies", lambda *_: False)
+    monkeypatch.setattr(Choice, "one_token", lambda *_: None)
     torch.testing.assert_close(after, one_more(model, ids), rtol=0, atol=1e-4)
     if name != "cast":
         assert not torch.equal(before, after)

@@ -6,9 +6,8 @@ reading the weights. Here a token is a NumPy vector in the model's own memory (`
 an operation in a third of a microsecond; a linear layer is one pass over its weights, a norm three operations
 instead of a dozen, the choice of experts Python on a handful of numbers, and nothing is sorted or sent about.
 The operations of a small model stay in one thread: to wake another takes longer than most of them. The plain
-layers beside this file are the definition; a test holds both equal.
-
-Differs from the plain form: no gradient is kept, and forward hooks on the layers do not fire.
+layers are the definition; a test holds both equal. No gradient is kept, and no module is called: ``choice`` takes this
+road only where every module is as it was built.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from operator import add
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..kernels.toolchain.targets import for_layers
-from .attention import Step, absorbed_is_cheaper
-from .experts import Routing
+from ..layers.decoder import Decoder
+from ..layers.experts import Routing
+from ..layers.step import Step
+from ..linear import Linear
 from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, TokenWeights
 
 # Latents at a time in attention. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger
@@ -34,61 +33,40 @@ from .token_weights import Array, BlockWeights, MixtureWeights, MLPWeights, Toke
 PIECE_VALUES, PIECE_LEAST = 10_240, 64
 
 
-def applies(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
-    """Whether this file can take a call: inference, on the CPU, one row, one token, with a cache."""
-    return (
-        x.shape[0] == x.shape[1] == 1
-        and step.cache is not None
-        and step.lengths is None
-        and x.device.type == "cpu"
-        and not for_layers(x)
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_grad_enabled()
-        and absorbed_is_cheaper(config, 1, len(step.cache) + 1)
-    )
-
-
 class OneToken:
     """Takes tokens through all layers, one at a call; keeps nothing but views of the weights.
 
     Args:
         config: sizes.
+        decoder: the model's, as it was built.
+        head: the model's.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, decoder: Decoder, head: Linear) -> None:
         self.config = config
-        self._weights: TokenWeights | None = None
-
-    def __reduce__(self) -> tuple:
-        """A copy, in memory or on disk, looks for its own weights."""
-        return OneToken, (self.config,)
-
-    def forget(self) -> None:
-        """Drop the views, which would keep weights alive that have moved."""
-        self._weights = None
+        self.weights = TokenWeights(config, decoder, head)
 
     def forward(
-        self, decoder: nn.Module, head: nn.Module, x: Float[Tensor, "1 1 D"], step: Step
+        self, x: Float[Tensor, "1 1 D"], step: Step
     ) -> tuple[Float[Tensor, "1 1 vocab"], Float[Tensor, "1 1 D"], list[Routing]]:
         """All blocks, x + MLA(norm x) and x + FFN(norm x), the last norm and the head.
 
         Args:
-            decoder, head: the model's. x: the token's embedding. step: the call's cache and turns.
+            x: the token's embedding.
+            step: the call's cache and rotations.
 
         Returns:
             Logits, the head's input, and how each mixture routed.
         """
-        weights = self._weights
-        if weights is None or not weights.stand(decoder, head):
-            weights = self._weights = TokenWeights(self.config, decoder, head)
-        like, turn = x.new_empty(1, 1, self.config.latent_dim), step.turns[0].numpy()
+        weights = self.weights
+        like, rotation = x.new_empty(1, 1, self.config.latent_dim), step.rotations[0].numpy()
         chosen, affinities = [], []
         # exp(-z) may overflow to infinity, where the sigmoid is rightly 0; and NaN goes its way as in torch.
         with np.errstate(all="ignore"):
             x = x.view(-1).numpy()
             for layer, w in enumerate(weights.blocks):
                 past = step.cache.append_one(layer, like)
-                x = x + w.o(self.attend(w, self.normalize(x, w.norm_1), past, turn))
+                x = x + w.o(self.attend(w, self.normalize(x, w.norm_1), past, rotation))
                 h = self.normalize(x, w.norm_2)
                 if isinstance(w.ffn, MLPWeights):
                     x = x + swiglu(w.ffn, h)
@@ -112,14 +90,16 @@ class OneToken:
         y *= scale
         return y
 
-    def attend(self, w: BlockWeights, h: Array, past: Array, turn: Array) -> Array:
+    def attend(self, w: BlockWeights, h: Array, past: Array, rotation: Array) -> Array:
         """Absorbed attention of one query per head; the token's own latent is written into the cache first.
 
         The softmax scale rides in the query latent's norm: from there to the scores everything is linear.
 
         Args:
-            h: normalised token [D]. past: the cache's rows [S, C + R], the last one for this token.
-            turn: RoPE's turns of this position, complex [R/2].
+            w: the block's weights.
+            h: normalised token [D].
+            past: the cache's rows [S, C + R], the last one for this token.
+            rotation: RoPE's e^{iφ} of this position, complex [R/2].
 
         Returns:
             Every head's answer, [H V].
@@ -128,7 +108,7 @@ class OneToken:
         rank, nope, heads = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.num_attention_heads
         latent = w.kv_a(h)
         past[-1, :rank] = self.normalize(latent[:rank], w.kv_norm)
-        past[-1, rank:] = turned(latent[rank:], turn)
+        past[-1, rank:] = rotated(latent[rank:], rotation)
 
         if w.q_a is None:
             q = np.vecdot(w.q, h)
@@ -138,7 +118,7 @@ class OneToken:
         q = q.reshape(heads, -1)
         q_latent = np.empty((heads, cfg.latent_dim), q.dtype)
         np.vecmat(q[:, :nope], w.w_uk, out=q_latent[:, :rank])
-        q_latent[:, rank:] = turned(q[:, nope:], turn)
+        q_latent[:, rank:] = rotated(q[:, nope:], rotation)
         return np.matvec(w.w_uv, attend_to_latents(q_latent, past, rank)).reshape(-1)
 
     def mixture(self, w: MixtureWeights, h: Array) -> tuple[Array, list[int], Array]:
@@ -179,9 +159,9 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
     return u
 
 
-def turned(x: Array, turn: Array) -> Array:
+def rotated(x: Array, rotation: Array) -> Array:
     """RoPE: neighbours in the last dimension are pairs, one complex product each."""
-    return (x.view(turn.dtype) * turn).view(x.dtype)
+    return (x.view(rotation.dtype) * rotation).view(x.dtype)
 
 
 def silu(x: Array) -> Array:
@@ -205,7 +185,9 @@ def route_one(
     """``router.route`` for one token in plain Python, which is quicker than tensors for a row of this length.
 
     Args:
-        scores: sigmoid affinities s. bias: b.
+        scores: sigmoid affinities s.
+        bias: b.
+        config: sizes and switches.
 
     Returns:
         The experts, best first (the lower index among equals), and their gate values.

@@ -7,12 +7,17 @@ Gate values are applied to the narrow hidden layer rather than to the answers, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..layers.experts import Visits
+from ..linear import WeightGradients
 
 
 def experts_one_by_one(
@@ -20,20 +25,24 @@ def experts_one_by_one(
     weights: Float[Tensor, "N A"],
     gate_up_proj: Float[Tensor, "E gate_up D"],
     down_proj: Float[Tensor, "E D F"],
-    order: Int[Tensor, " NA"],
-    inverse: Int[Tensor, "N A"],
-    counts: Int[Tensor, " E"],
+    visits: Visits,
+    later: WeightGradients | None = None,
 ) -> Float[Tensor, "N D"]:
     """Σ_a g_a · down(silu(gate x) ⊙ up x) over each token's experts (second sum of Eq. 12).
 
     Args:
-        x: tokens. weights: gate values g. gate_up_proj, down_proj: the experts' matrices.
-        order, inverse, counts: the visits sorted by expert, see ``experts.Visits``.
+        x: tokens.
+        weights: gate values g.
+        gate_up_proj: the experts' first matrices, gate rows first.
+        down_proj: their second.
+        visits: sorted by expert.
+        later: where the matrices' gradients wait, if they are not to be made in backward.
 
     Returns:
         The weighted answers; differentiable once in the first four.
     """
-    return _OneByOne.apply(x, weights, gate_up_proj, down_proj, order, inverse, counts.tolist())
+    sizes = visits.counts.tolist()
+    return _OneByOne.apply(x, weights, gate_up_proj, down_proj, visits.order, visits.inverse, sizes, later)
 
 
 def _each(sizes: list[int], rows: tuple[Tensor, ...], of_expert: tuple[Tensor, ...]) -> Iterator[tuple]:
@@ -44,7 +53,7 @@ def _each(sizes: list[int], rows: tuple[Tensor, ...], of_expert: tuple[Tensor, .
 
 class _OneByOne(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w_in, w_out, order, inverse, sizes):
+    def forward(ctx, x, weights, w_in, w_out, order, inverse, sizes, later):
         token = order // weights.shape[1]
         g = weights.flatten().index_select(0, order).unsqueeze(1)
         gate_up = x.new_empty(token.numel(), w_in.shape[1])
@@ -56,36 +65,68 @@ class _OneByOne(torch.autograd.Function):
             torch.mm(x.index_select(0, rows), into, out=both)
             torch.mm(F.silu(gate).mul_(up).mul_(g_e), back, out=answer)
         ctx.save_for_backward(x, g, w_in, w_out, gate_up, token, inverse)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.later = sizes, later
+        ctx.leaves = None if later is None else (w_in, w_out)
         return _sum_home(y, inverse)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, g, w_in, w_out, gate_up, token, inverse = ctx.saved_tensors
-        grad_in, grad_out = torch.empty_like(w_in), torch.empty_like(w_out)
-        for e, size in enumerate(ctx.sizes):
-            if not size:  # nobody came, nobody writes there
-                grad_in[e].zero_(), grad_out[e].zero_()
         grad_g, grad_rows = torch.empty_like(g), x.new_empty(token.numel(), x.shape[1])
+        of_weights = _of_weights(w_in, w_out, ctx.sizes)
+        wanted = ctx.needs_input_grad[2:4]
+        products: list[Callable[[], Tensor]] = []
         sorted_rows = token, g, *gate_up.chunk(2, -1), grad_g, grad_rows
         for rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out in _each(
-            ctx.sizes, sorted_rows, (w_in, w_out, grad_in, grad_out)
+            ctx.sizes, sorted_rows, (w_in, w_out, *of_weights)
         ):
             open_gate = F.silu(gate)
             hidden = open_gate * up
             answer = grad.index_select(0, rows)  # the answers' gradient
             grad_hidden = torch.mm(answer, back)
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
-            torch.mm(answer.t(), hidden.mul_(g_e), out=to_out)
+            if wanted[1]:
+                products.append(partial(torch.mm, answer.t(), hidden.mul_(g_e), out=to_out))
             grad_hidden.mul_(g_e)
             grad_both = x.new_empty(rows.numel(), gate_up.shape[1])
             to_gate, to_up = grad_both.chunk(2, -1)
             torch.mul(grad_hidden, open_gate, out=to_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
-            torch.mm(grad_both.t(), x.index_select(0, rows), out=to_in)
+            if wanted[0]:
+                products.append(partial(torch.mm, grad_both.t(), x.index_select(0, rows), out=to_in))
             torch.mm(grad_both, into, out=to_x)
+            if ctx.later is None:
+                _run(products)  # while the expert's rows are in the cache
+        if ctx.later is not None:
+            for leaf, made in zip(ctx.leaves, of_weights, strict=True):
+                if leaf.requires_grad:
+                    ctx.later.put(leaf, partial(_after, products, made))
+            wanted = False, False
+        of_weights = (made if want else None for made, want in zip(of_weights, wanted, strict=True))
         grad_weights = grad_g.view(-1)[inverse]
-        return _sum_home(grad_rows, inverse), grad_weights, grad_in, grad_out, None, None, None
+        return _sum_home(grad_rows, inverse), grad_weights, *of_weights, None, None, None, None
+
+
+def _of_weights(w_in: Tensor, w_out: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Room for the matrices' gradients."""
+    grad_in, grad_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    for e, size in enumerate(sizes):
+        if not size:  # nobody came, nobody writes there
+            grad_in[e].zero_(), grad_out[e].zero_()
+    return grad_in, grad_out
+
+
+def _run(products: list[Callable[[], Tensor]]) -> None:
+    """Make products, each once."""
+    while products:
+        products.pop(0)()
+
+
+def _after(products: list[Callable[[], Tensor]], made: Tensor) -> Tensor:
+    """A gradient, once the products that fill it have been made: whoever of the two asks first makes them all."""
+    _run(products)
+    return made
 
 
 def _sum_home(y: Tensor, inverse: Tensor) -> Tensor:

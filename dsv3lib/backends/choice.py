@@ -1,0 +1,172 @@
+"""Who computes, chosen once a call: from the device, the dtype, what is installed, and what was done to the modules.
+
+This file is the whole answer to "which code runs on my machine?"; ``explain`` prints it.
+
+=========  ====================================  ===========================================================
+backend    where                                 its fast forms
+=========  ====================================  ===========================================================
+triton     a GPU with Triton; FP32, BF16, FP16   ``kernels/``
+cpu        a CPU                                 ``cpu_*.py``; one token of one row: ``one_token.py``
+plain      everywhere else, and under autocast   none: ``layers/`` as it is written
+=========  ====================================  ===========================================================
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..kernels.toolchain import targets
+from ..layers.attention import absorbed_is_cheaper
+from ..layers.operations import Operations
+from ..layers.step import Step
+from .chosen import Chosen
+from .cpu import DTYPES as CPU_DTYPES
+from .cpu import Cpu
+from .one_token import OneToken
+from .survey import Snapshot, Survey
+from .triton import Triton
+
+
+class Plain(Chosen):
+    """Plain PyTorch over a model that was looked at."""
+
+
+class Machine(NamedTuple):
+    """The backend for a device and a dtype, and why it is this one."""
+
+    backend: type[Chosen]
+    why: str
+
+
+def machine(like: Tensor) -> Machine:
+    """Which backend a tensor's device and dtype ask for.
+
+    Args:
+        like: of the device and dtype of the hidden states.
+    """
+    device, dtype = like.device.type, str(like.dtype).removeprefix("torch.")
+    if torch.is_autocast_enabled(device):
+        return Machine(Plain, "autocast is on, which casts inside PyTorch's own operations alone")
+    if targets.available(like) and like.dtype != torch.float64:
+        how = "a GPU with Triton" if like.is_cuda else "a CPU, TRITON_INTERPRET=1"
+        return Machine(Triton, f"{how}, {dtype}")
+    if device == "cpu":
+        return Machine(Cpu, f"a CPU, {dtype}")
+    if like.is_cuda and like.dtype != torch.float64:
+        return Machine(Plain, "a GPU, but Triton is not installed or the GPU is too old for it")
+    return Machine(Plain, f"{device}, {dtype}: there is no faster backend")
+
+
+class Choice:
+    """Chooses for one model, and remembers what it found there until something changes.
+
+    A model has the children ``model`` (the decoder) and ``lm_head``, and a ``config``.
+    """
+
+    def __init__(self) -> None:
+        self._survey: Survey | None = None
+        self._backends: dict[type[Chosen], Chosen] = {}
+
+    def __reduce__(self) -> tuple:
+        """A copy of a model, in memory or on disk, is looked at anew."""
+        return Choice, ()
+
+    def survey(self, model: nn.Module, mtp: bool = True) -> Survey:
+        """What was done to the modules, as they are now.
+
+        Args:
+            model: as it is now.
+            mtp: whether the MTP modules are asked about too.
+        """
+        if self._survey is None or not (self._main.unchanged() and (not mtp or self._rest.unchanged())):
+            self._look(model)
+        return self._survey
+
+    def backend(self, model: nn.Module, like: Tensor, mtp: bool = True) -> Chosen:
+        """Who computes a call.
+
+        Args:
+            model: as it is now.
+            like: of the device and dtype of its hidden states.
+            mtp: whether the MTP modules run in it.
+        """
+        survey, kind = self.survey(model, mtp), machine(like).backend
+        if kind not in self._backends:
+            self._backends[kind] = kind(survey.touched, survey.aside)
+        return self._backends[kind]
+
+    def one_token(
+        self, model: nn.Module, x: Float[Tensor, "B T D"], step: Step, config: ModelConfig
+    ) -> OneToken | None:
+        """The engine for a single token, where it can take this call.
+
+        Args:
+            model: as ``backend`` found it when the call began.
+            x: the token's embedding.
+            step: the facts of the call, its backend among them.
+            config: sizes.
+        """
+        if not is_one_token(x, step, config) or self._refusal(step.backend, x) is not None:
+            return None
+        if self._engine is None or not self._main.unmoved():
+            self._engine = OneToken(config, model.model, model.lm_head)
+            self._main = Snapshot(self._main.modules, self._parents)
+        return self._engine
+
+    def why_not_one_token(self, model: nn.Module, like: Tensor) -> str | None:
+        """Why no call of this model can go through the one-token engine; ``None`` if those can that fit."""
+        return self._refusal(self.backend(model, like), like)
+
+    def _refusal(self, backend: Operations, like: Tensor) -> str | None:
+        if type(backend) is not Cpu or like.dtype not in CPU_DTYPES:
+            return "it is made for FP32 and FP64 on a CPU"
+        return self._not_main
+
+    def _look(self, model: nn.Module) -> None:
+        decoder, survey = model.model, Survey(model)
+        n_main = getattr(decoder, "n_main", 0)
+        blocks = list(decoder.layers.children()) if hasattr(decoder, "layers") else []
+        own = {model, decoder, *(m for b in blocks for m in b.modules())}
+        main = [m for b in blocks[:n_main] for m in b.modules()]
+        main += [decoder, *(m for m in model.modules() if m not in own)]
+        rest = [m for b in blocks[n_main:] for m in b.modules()]
+        self._parents = [model]
+        self._main, self._rest = Snapshot(main, self._parents), Snapshot(rest, [])
+        found = ((survey.names[m], survey.aside.get(m) or _other_setting(m, model.config)) for m in main)
+        self._not_main = next((f"{name} {why}" for name, why in found if why), None)
+        self._survey, self._backends, self._engine = survey, {}, None
+
+
+def _other_setting(module: nn.Module, config: ModelConfig) -> str | None:
+    """What a module has that differs from the model's configuration, which the one-token engine reads."""
+    own = vars(module)
+    if own.get("config", config) is not config:
+        return "has another configuration than the model"
+    if own.get("eps", config.rms_norm_eps) != config.rms_norm_eps:
+        return f"has eps {own['eps']}, the configuration {config.rms_norm_eps}"
+    return None
+
+
+def is_one_token(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
+    """Whether a call is what the one-token engine takes: inference, one row, one token, with a cache."""
+    return (
+        x.shape[0] == x.shape[1] == 1
+        and step.cache is not None
+        and step.lengths is None
+        and not torch.is_grad_enabled()
+        and absorbed_is_cheaper(config, 1, len(step.cache) + 1)
+    )
+
+
+def choose(like: Tensor) -> Operations:
+    """Who computes for single layers that belong to no model, all of them as they were built.
+
+    Args:
+        like: of the device and dtype of the hidden states.
+    """
+    return machine(like).backend()
