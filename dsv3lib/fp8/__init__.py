@@ -1,1 +1,1 @@
-"""FP8: formats, recipes, and the study of the accumulator."""
+"""FP8: the formats, the recipes that train in them, and the study of the accumulator (paper §3.3)."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..checks import is_number, require, require_integer
 from ..config import ModelConfig
-from ..costs import forward_flops
+from ..model.costs import forward_flops
 
 Stream = Literal["compute", "communication"]
 Pass = Literal["F", "B"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..checks import is_number, require, require_integer
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..layers.traffic import INFINIBAND_GB_PER_S, NVLINK_GB_PER_S
+from ..parallel.traffic import INFINIBAND_GB_PER_S, NVLINK_GB_PER_S
 from .actions import Schedule
 from .dependencies import Dependencies
 from .overlap import LayerTimes, simulate_pair

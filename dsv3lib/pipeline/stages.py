@@ -1,7 +1,7 @@
 """The model cut into pipeline stages: parameters, operations, activations and traffic of each, from its own counts.
 
 Parameters are counted on the meta device, where tensors have shapes and no memory; operations come from
-:mod:`dsv3lib.costs`; what a layer keeps for its backward pass is written down here, tensor by tensor.
+:mod:`dsv3lib.model.costs`; what a layer keeps for its backward pass is written down here, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..checks import require, require_integer
 from ..config import ModelConfig
-from ..costs import forward_flops
+from ..model.costs import forward_flops
 from ..model import DeepSeekV3
 
 TILE = 128

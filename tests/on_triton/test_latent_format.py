@@ -21,20 +21,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @settings(max_examples=15)
 @given(
     rows=st.sampled_from([0, 1, 3, 5, 9]),
-    sizes=st.sampled_from([(128, 2), (128, 64), (384, 6), (512, 64)]),
+    sizes=st.sampled_from([(128, 2), (64, 16), (384, 6), (512, 64), (200, 4)]),
+    power_of_two=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     size=st.integers(-8, 8),
     seed=SEEDS,
 )
-def test_bit_for_bit(device, rows, sizes, dtype, size, seed) -> None:
+def test_bit_for_bit(device, rows, sizes, power_of_two, dtype, size, seed) -> None:
     targets.require_fp8("test", device)
     rank, rope = sizes
     x = torch.randn(2, rows, rank + rope, generator=torch.Generator().manual_seed(seed)) * 2.0**size
     if rows:
         x[0, 0, :128] = 0
     x = x.to(device, dtype)
-    stored = quantize_latent(x, rank)
-    assert torch.equal(stored, quantize_latent_ref(x, rank))
+    stored = quantize_latent(x, rank, power_of_two)
+    assert torch.equal(stored, quantize_latent_ref(x, rank, power_of_two))
     for kind in DTYPES:
         assert torch.equal(dequantize_latent(stored, rank, kind), dequantize_latent_ref(stored, rank, kind))
 

@@ -15,10 +15,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ...errors import KernelError
+from ..quantize.reference import scale_and_inverse_ref
+from ..quantize.rounding import scale_and_inverse, size_bits
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_multiple, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, to_e4m3, triton
@@ -33,18 +36,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def stored_bytes(rank: int, rope: int) -> int:
-    """Bytes a token of the FP8 cache takes: C + 4·C/128 + 2·R.
+    """Bytes a token of the FP8 cache takes: C + 4·ceil(C/128) + 2·R.
 
     Args:
-        rank: C, values of the latent; a multiple of 128.
+        rank: C, values of the latent; a multiple of 4. A small model's last tile is shorter than 128.
         rope: R, values of the turned key; even.
 
     Raises:
-        KernelError: the rank does not divide, or the rotary part would end off a 4-byte border.
+        KernelError: scales or the rotary part would begin or end off a 4-byte border.
     """
-    require_multiple("latent format", "the latent's rank", rank, TILE)
+    require_multiple("latent format", "the latent's rank", rank, SCALE_BYTES)
     require_multiple("latent format", "the rotary width", rope, 2)
-    return rank + SCALE_BYTES * (rank // TILE) + ROPE_BYTES * rope
+    return rank + SCALE_BYTES * tiles_of(rank) + ROPE_BYTES * rope
+
+
+def tiles_of(rank: int) -> int:
+    """Scales of a latent: one for each 128 values begun."""
+    return -(-rank // TILE)
 
 
 def split_stored(
@@ -55,8 +63,8 @@ def split_stored(
     Raises:
         KernelError: the rows are too short for such a latent.
     """
-    head = rank + SCALE_BYTES * (rank // TILE)
-    if rank % TILE or stored.shape[-1] < head or (stored.shape[-1] - head) % ROPE_BYTES:
+    head = rank + SCALE_BYTES * tiles_of(rank)
+    if rank % SCALE_BYTES or stored.shape[-1] < head or (stored.shape[-1] - head) % ROPE_BYTES:
         raise KernelError(
             f"latent format: rows of {stored.shape[-1]} bytes cannot hold {rank} FP8 values in tiles of {TILE}, "
             f"their scales and a BF16 key: expected {head} + 2·R bytes"
@@ -68,16 +76,21 @@ def split_stored(
     )
 
 
-def quantize_latent_ref(latents: Float[Tensor, "*rows latent"], rank: int) -> UInt8[Tensor, "*rows width"]:
+def quantize_latent_ref(
+    latents: Float[Tensor, "*rows latent"], rank: int, power_of_two: bool = False
+) -> UInt8[Tensor, "*rows width"]:
     """The plain form of :func:`quantize_latent`."""
     width = stored_bytes(rank, latents.shape[-1] - rank)
     stored = torch.empty(*latents.shape[:-1], width, dtype=torch.uint8, device=latents.device)
     values, scales, rope = split_stored(stored, rank)
-    tiles = latents[..., :rank].float().unflatten(-1, (-1, TILE))
+    tiles = F.pad(latents[..., :rank].float(), (0, -rank % TILE)).unflatten(-1, (-1, TILE))
     amax = tiles.abs().amax(-1)
-    scale = torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
+    if power_of_two:
+        scale, _ = scale_and_inverse_ref(amax, True, "e4m3")
+    else:
+        scale = torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
     scales.copy_(scale)
-    values.copy_((tiles / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2))
+    values.copy_((tiles / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :rank])
     rope.copy_(latents[..., rank:])
     return stored
 
@@ -87,19 +100,23 @@ def dequantize_latent_ref(
 ) -> Float[Tensor, "*rows latent"]:
     """The plain form of :func:`dequantize_latent`."""
     values, scales, rope = split_stored(stored, rank)
-    latent = values.float().unflatten(-1, (-1, TILE)) * scales[..., None]
-    return torch.cat([latent.flatten(-2).to(dtype), rope.to(dtype)], -1)
+    latent = values.float() * scales.repeat_interleave(TILE, -1)[..., :rank]
+    return torch.cat([latent.to(dtype), rope.to(dtype)], -1)
 
 
-def quantize_latent(latents: Float[Tensor, "*rows latent"], rank: int = 512) -> UInt8[Tensor, "*rows width"]:
+def quantize_latent(
+    latents: Float[Tensor, "*rows latent"], rank: int = 512, power_of_two: bool = False
+) -> UInt8[Tensor, "*rows width"]:
     """Cached latents in FP8: scale = amax/448 per 128 values, value = round(x / scale), the turned key in BF16.
 
     Args:
         latents: [..., C + R], the normalised latent beside the turned key; FP32, BF16 or FP16.
-        rank: C, a multiple of 128; what follows it is the key.
+        rank: C, a multiple of 4; what follows it is the key.
+        power_of_two: round scales up to powers of two, which a public decoding kernel asks for: it reads them as
+        E8M0.
 
     Returns:
-        [..., C + 4·C/128 + 2·R] bytes. A tile of zeros gets the scale 1; NaN and infinity make their tile NaN.
+        [..., C + 4·ceil(C/128) + 2·R] bytes. A tile of zeros gets the scale 1; NaN and infinity make their tile NaN.
 
     Raises:
         KernelError: dtype or widths do not fit, or the GPU has no E4M3.
@@ -111,7 +128,7 @@ def quantize_latent(latents: Float[Tensor, "*rows latent"], rank: int = 512) -> 
             f"quantize_latent: rows of {latents.shape[-1]} values hold no key behind a latent of {rank}"
         )
     if not on_triton(latents):
-        return quantize_latent_ref(latents, rank)
+        return quantize_latent_ref(latents, rank, power_of_two)
     require_fp8("quantize_latent", latents.device)
     rows = latents.reshape(-1, latents.shape[-1])
     require_rows("quantize_latent", "latents", rows)
@@ -123,7 +140,15 @@ def quantize_latent(latents: Float[Tensor, "*rows latent"], rank: int = 512) -> 
         grid = (triton.cdiv(len(rows), settings["BLOCK_M"]),)
         with on_device(latents):
             quantize_latent_kernel[grid](
-                rows, values, scales, rope, len(rows), rows.stride(0), **sizes, **settings
+                rows,
+                values,
+                scales,
+                rope,
+                len(rows),
+                rows.stride(0),
+                POWER_OF_TWO=power_of_two,
+                **sizes,
+                **settings,
             )
     return stored
 
@@ -166,7 +191,7 @@ def _sizes(rank: int, rope: int) -> dict[str, int]:
     return {
         "C": rank,
         "R": rope,
-        "BLOCK_T": triton.next_power_of_2(rank // TILE),
+        "BLOCK_T": triton.next_power_of_2(tiles_of(rank)),
         "BLOCK_R": triton.next_power_of_2(rope),
     }
 
@@ -180,29 +205,38 @@ def latent_columns(BLOCK_T: tl.constexpr):
 @jit
 def quantize_latent_kernel(
     x_ptr, values_ptr, scales_ptr, rope_ptr, n_rows, stride_x,
-    C: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows a program; bytes of a row are a constant, which keeps 16-byte accesses provable."""
-    BYTES: tl.constexpr = C + C // 32 + 2 * R
+    TILES: tl.constexpr = (C + 127) // 128
+    BYTES: tl.constexpr = C + 4 * TILES + 2 * R
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = rows < n_rows
     source = x_ptr + row_offset(rows, stride_x)
     tiles = tl.arange(0, BLOCK_T)[None, :]
     columns = latent_columns(BLOCK_T)
     keep = in_range[:, None, None] & (columns < C)
-    x = tl.load(source[:, None, None] + columns, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_T, 128]
-    # The maximum of a GPU drops NaN unless told; a tile with NaN must not look sound.
-    amax = tl.reduce(tl.abs(x), 2, _larger_or_nan)
-    scale = tl.where(amax == 0.0, 1.0, tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)))
+    x = tl.load(source[:, None, None] + columns, mask=keep, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_M, BLOCK_T, 128]
+    if POWER_OF_TWO:
+        scale, _ = scale_and_inverse(tl.max(size_bits(x), 2), True, False)
+    else:
+        # The maximum of a GPU drops NaN unless told; a tile with NaN must not look sound.
+        amax = tl.reduce(tl.abs(x), 2, _larger_or_nan)
+        scale = tl.where(amax == 0.0, 1.0, tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)))
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
     at = row_offset(rows, BYTES)[:, None, None] + columns
     tl.store(values_ptr + at, to_e4m3(quotient), mask=keep)  # [BLOCK_M, BLOCK_T, 128]
     at = row_offset(rows, BYTES // 4)[:, None] + tiles
-    tl.store(scales_ptr + at, scale, mask=in_range[:, None] & (tiles < C // 128))  # [BLOCK_M, BLOCK_T]
+    tl.store(scales_ptr + at, scale, mask=in_range[:, None] & (tiles < TILES))  # [BLOCK_M, BLOCK_T]
     rope = tl.arange(0, BLOCK_R)[None, :]
     keep = in_range[:, None] & (rope < R)
     key = tl.load(source[:, None] + C + rope, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
-    tl.store(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, to_bf16(key), mask=keep)  # [BLOCK_M, BLOCK_R]
+    tl.store(
+        rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, to_bf16(key), mask=keep
+    )  # [BLOCK_M, BLOCK_R]
 
 
 @jit
@@ -216,7 +250,8 @@ def dequantize_latent_kernel(
     C: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The same rows back: value times the scale of its tile."""
-    BYTES: tl.constexpr = C + C // 32 + 2 * R
+    TILES: tl.constexpr = (C + 127) // 128
+    BYTES: tl.constexpr = C + 4 * TILES + 2 * R
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = rows < n_rows
     tiles = tl.arange(0, BLOCK_T)[None, :]
@@ -225,14 +260,18 @@ def dequantize_latent_kernel(
     # [BLOCK_M, BLOCK_T, 128]
     x = tl.load(values_ptr + row_offset(rows, BYTES)[:, None, None] + columns, mask=keep, other=0.0)
     at = row_offset(rows, BYTES // 4)[:, None] + tiles
-    scale = tl.load(scales_ptr + at, mask=in_range[:, None] & (tiles < C // 128), other=0.0)  # [BLOCK_M, BLOCK_T]
+    scale = tl.load(
+        scales_ptr + at, mask=in_range[:, None] & (tiles < TILES), other=0.0
+    )  # [BLOCK_M, BLOCK_T]
     target = out_ptr + row_offset(rows, C + R)
     value = x.to(tl.float32) * scale[:, :, None]
     # [BLOCK_M, BLOCK_T, 128]
     tl.store(target[:, None, None] + columns, _rounded(value, out_ptr.dtype.element_ty), mask=keep)
     rope = tl.arange(0, BLOCK_R)[None, :]
     keep = in_range[:, None] & (rope < R)
-    key = tl.load(rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, mask=keep, other=0.0)  # [BLOCK_M, BLOCK_R]
+    key = tl.load(
+        rope_ptr + row_offset(rows, BYTES // 2)[:, None] + rope, mask=keep, other=0.0
+    )  # [BLOCK_M, BLOCK_R]
     key = _rounded(key.to(tl.float32), out_ptr.dtype.element_ty)
     tl.store(target[:, None] + C + rope, key, mask=keep)  # [BLOCK_M, BLOCK_R]
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..toolchain import tuning
-from ..toolchain.checks import require_dtype, require_shape
+from ..toolchain.checks import require_dtype, require_multiple, require_shape
 from ..toolchain.language import TensorDescriptor, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
 from .latent_format import TILE, dequantize_latent_ref, split_stored, stored_bytes
@@ -217,6 +217,8 @@ def _check(
     fp8 = cache.dtype == torch.uint8
     if not fp8:
         require_dtype("mla_decode", "cache", cache, (q.dtype, torch.uint8))
+    if fp8:
+        require_multiple("mla_decode", "value_dim of an FP8 cache", value_dim, TILE)
     stored = stored_bytes(value_dim, width - value_dim) if fp8 else width
     require_shape("mla_decode", "cache", cache, (None, PAGE, stored))
     if cache.shape[0] * PAGE > MOST_TOKENS:

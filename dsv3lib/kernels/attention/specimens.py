@@ -24,13 +24,13 @@ def latent_format() -> list[Specimen]:
     sizes = {"C": 512, "R": 64, "BLOCK_T": 4, "BLOCK_R": 64}
     parts = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "rope_ptr": "*bf16", "n_rows": "i32"}
     return [
-        Specimen(
-            "quantize_latent",
-            quantize_latent_kernel,
-            {"x_ptr": "*bf16", "stride_x": "i32", **parts},
-            lambda row: sizes,
-            fp8=True,
-            divisible=("stride_x",),
+        *(
+            Specimen(
+                "quantize_latent", quantize_latent_kernel, {"x_ptr": "*bf16", "stride_x": "i32", **parts},
+                lambda row, power=power: {"POWER_OF_TWO": power, **sizes}, "power of two" if power else "",
+                fp8=True, divisible=("stride_x",),
+            )
+            for power in (False, True)
         ),
         Specimen(
             "dequantize_latent",
@@ -39,7 +39,7 @@ def latent_format() -> list[Specimen]:
             lambda row: sizes,
             fp8=True,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def mla_decode() -> list[Specimen]:

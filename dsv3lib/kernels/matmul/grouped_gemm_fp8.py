@@ -253,12 +253,12 @@ def grouped_fp8_kernel(
             where = out + row_offset(rows, stride_om)[:, None] + cols[None, :]
             first = tl.where(group < groups, first, float("nan"))  # rows that belong to no group
             first = first if out.dtype.element_ty == tl.float32 else to_bf16(first)
-            tl.store(where, first, mask=(rows < end)[:, None])
+            tl.store(where, first, mask=(rows < end)[:, None])  # [BLOCK_M, BLOCK_N]
             if HALVES == 2:
                 where += row_offset(tl.full((), BLOCK_M, tl.int32), stride_om)
                 second = tl.where(group < groups, second, float("nan"))
                 second = second if out.dtype.element_ty == tl.float32 else to_bf16(second)
-                tl.store(where, second, mask=(rows + BLOCK_M < end)[:, None])
+                tl.store(where, second, mask=(rows + BLOCK_M < end)[:, None])  # [BLOCK_M, BLOCK_N]
 
 
 @jit

@@ -43,7 +43,7 @@ def quantize_tiles_ref(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "*M tiles"]]:
     """``quantize_tiles``."""
     tiles = x.float().unflatten(-1, (x.shape[-1] // TILE, TILE))
-    scales, inverse = _scales(_amax(tiles, (-1,)), power_of_two, format)
+    scales, inverse = scale_and_inverse_ref(_amax(tiles, (-1,)), power_of_two, format)
     scaled = (tiles * inverse[..., None]).flatten(-2)
     return to_e5m6_ref(scaled) if format == "e5m6" else scaled.to(torch.float8_e4m3fn), scales
 
@@ -60,7 +60,7 @@ def quantize_blocks_ref(
     """``quantize_blocks``."""
     rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
     padded = F.pad(w.float(), (0, cols * block - w.shape[1], 0, rows * block - w.shape[0]))
-    scales, inverse = _scales(_amax(padded.view(rows, block, cols, block), (1, 3)), power_of_two, "e4m3")
+    scales, inverse = scale_and_inverse_ref(_amax(padded.view(rows, block, cols, block), (1, 3)), power_of_two, "e4m3")
     return (w.float() * _spread(inverse, w.shape, block)).to(torch.float8_e4m3fn), scales
 
 
@@ -93,8 +93,8 @@ def _amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.abs().amax(dims)
 
 
-def _scales(amax: Tensor, power_of_two: bool, format: Format) -> tuple[Tensor, Tensor]:
-    """Scales and their inverses, both FP32."""
+def scale_and_inverse_ref(amax: Tensor, power_of_two: bool, format: Format) -> tuple[Tensor, Tensor]:
+    """Scales of tiles whose largest sizes are ``amax``, and their inverses, both FP32."""
     limit = E5M6_MAX if format == "e5m6" else E4M3_MAX
     if power_of_two:
         # limit = mantissa · 2^exponent: a larger mantissa needs the next power, which the carry makes.

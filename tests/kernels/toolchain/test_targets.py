@@ -103,10 +103,9 @@ def test_jit_leaves_functions_alone_without_triton(monkeypatch):
     assert language.jit(kernel) is kernel
 
 
-def test_layers_take_kernels_where_there_are_any_and_never_for_fp64(monkeypatch):
-    single, double = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
-    assert not targets.for_layers(single) and not targets.for_layers(double)
+def test_a_kernel_is_available_where_triton_is(monkeypatch):
+    tensor = torch.zeros(2)
+    assert not targets.available(tensor)
     monkeypatch.setattr(targets, "interpreted", lambda: True)
-    assert targets.for_layers(single) and targets.for_layers(single.bfloat16())
-    assert not targets.for_layers(double)
-    assert not targets.for_layers(torch.zeros(2, device="meta"))
+    assert targets.available(tensor)
+    assert not targets.available(torch.zeros(2, device="meta"))
