@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
-from rich.console import Console
 from rich.text import Text
 
 from dsv3lib.errors import Dsv3Error
+from dsv3lib.terminal import plain_console, write_anything
 
 EXIT_ERROR = 2  # the same as argparse's own, for every refusal that names its cause
 EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     Returns:
         The exit status: what the command returns, 2 after an error that was told in words, 130 after Ctrl-C.
     """
+    write_anything()
     arguments = _top_parser(commands).parse_args(argv)
     if arguments.command is None:
         _top_parser(commands).print_help()
@@ -126,7 +127,7 @@ def _tell(message: str, debug: bool, status: int = EXIT_ERROR) -> int:
     if debug:
         traceback.print_exc()
     one_line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True).print(Text(one_line, style="red"))
+    plain_console(stderr=True).print(Text(one_line, style="red"))
     return status
 
 

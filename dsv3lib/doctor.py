@@ -18,9 +18,10 @@ from typing import Literal
 
 import psutil
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from .terminal import plain_console
 
 Status = Literal["ok", "limited", "missing"]
 
@@ -210,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        Console().print(report(findings))
+        plain_console(soft_wrap=False).print(report(findings))
     return exit_status(findings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from .errors import SaveError
@@ -38,3 +39,18 @@ def write_whole(path: str | Path, text: str) -> None:
             why = error.strerror or error
             raise SaveError(f"{path}: cannot be written ({why}); what stood there is intact") from error
         raise
+
+
+def with_utf8_name(path: Path, stack: ExitStack) -> Path:
+    """A path to the same file whose every letter is UTF-8, for libraries that take no other name.
+
+    Args:
+        path: of an existing file. stack: takes the link away, where one was needed.
+    """
+    try:
+        str(path).encode()
+        return path
+    except UnicodeEncodeError:
+        link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "file"
+        link.symlink_to(path.absolute())
+        return link

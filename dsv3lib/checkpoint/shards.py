@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import with_utf8_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -137,7 +138,7 @@ def _open(path: Path, count: int, stack: ExitStack) -> Any:
     if not path.exists():
         raise CheckpointError(f"{path}: this shard is missing; {INDEX} names {count} of them, fetch it again")
     try:
-        return stack.enter_context(safe_open(path, framework="pt"))
+        return stack.enter_context(safe_open(with_utf8_name(path, stack), framework="pt"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: truncated or not safetensors ({error}); fetch or save it again"

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from rich.console import Console
 from rich.text import Text
 
 from ..config import ModelConfig
 from ..devices import HELP, find_device
 from ..errors import CheckpointError, InputError
 from ..model import DeepSeekV3
+from ..terminal import plain_console
 from ..training.run.folder import MODEL_FOLDER
-from ..training.run.save_point import latest_savepoint
+from ..training.run.save_point import damaged, is_save_point, latest_savepoint
 from .acceptance import SpeculationStatistics
 from .generate import stream
 from .request import Request
@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
     generator = _generator(args.device, args.seed)
     folder = find_checkpoint(args.checkpoint)
     tokenizer = read_tokenizer(folder)
-    model = DeepSeekV3.from_pretrained(folder, device=str(generator.device))
+    try:
+        model = DeepSeekV3.from_pretrained(folder, device=str(generator.device))
+    except CheckpointError as error:
+        raise (damaged(folder, error) if is_save_point(folder) else error) from error
     ids = encode_prompt(tokenizer, args.prompt, model.config).to(generator.device)
     statistics = SpeculationStatistics() if args.speculative else None
     settings = {
@@ -209,8 +212,6 @@ def _generator(device: str | None, seed: int) -> torch.Generator:
 def _write(prompt: str, pieces: Iterator[list[int]], text: TextStream) -> tuple[int, float]:
     """Print the text as it comes; returns tokens and seconds. The last line is ended, come what may."""
     out = sys.stdout
-    if hasattr(out, "reconfigure"):
-        out.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the text
 
     def show(piece: str) -> None:
         out.write(without_controls(piece) if out.isatty() else piece)
@@ -218,9 +219,7 @@ def _write(prompt: str, pieces: Iterator[list[int]], text: TextStream) -> tuple[
 
     count, started = 0, time.perf_counter()
     try:
-        Console(file=out, soft_wrap=True, highlight=False).print(
-            Text(without_controls(prompt), style="dim"), end=""
-        )
+        plain_console(file=out).print(Text(without_controls(prompt), style="dim"), end="")
         for tokens in pieces:
             count += len(tokens)
             show(text.add(tokens))
@@ -243,4 +242,4 @@ def _conclude(count: int, seconds: float, statistics: SpeculationStatistics | No
         line += f", {statistics.tokens_per_pass:.2f} tokens a pass"
         if statistics.drafted:
             line += f", {statistics.acceptance:.0%} of {sum(statistics.drafted)} drafts accepted"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style="dim"))
+    plain_console(stderr=True).print(Text(line, style="dim"))

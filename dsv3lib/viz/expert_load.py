@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import write_whole
+from ..terminal import displayable
 from . import style
 from .load_history import CLIP, DOMAIN_STEPS, LoadHistory, relative
 
@@ -71,7 +72,7 @@ class ExpertLoad:
         Raises:
             TrainingError: there is no log, or it is of another model than its header says.
         """
-        return cls(LoadHistory.of_run(path), title or f"Load of every expert, {Path(path).name}")
+        return cls(LoadHistory.of_run(path), title or f"Load of every expert, {displayable(Path(path).name)}")
 
     @classmethod
     def attach(cls, model: nn.Module, title: str = "") -> ExpertLoad:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
 from ...errors import KernelError
+from ...terminal import plain_console
 from . import aot, tuning
 
 EXPLANATION = """\
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(line) for line in lines], indent=1))
     else:
-        console = Console()
+        console = plain_console(soft_wrap=False)
         console.print(table(lines))
         console.print(Text(EXPLANATION, style="dim"))
     return 0

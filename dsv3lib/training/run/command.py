@@ -19,6 +19,7 @@ from ...config import ModelConfig
 from ...devices import HELP, find_device
 from ...errors import ConfigError, DataError
 from ...model import DeepSeekV3
+from ...terminal import plain_console
 from ..loop.balance import DEFAULT_SPEED, PAPER_SPEED, WAYS, balance_settings
 from ..loop.comparison import compare, comparison_table
 from ..loop.evaluate import Evaluation
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         Dsv3Error: an option, the text or the run's folder cannot be used; training diverged; the disk is
         full.
     """
-    console = Console(soft_wrap=True)
+    console = plain_console()
     if len(args.balance or ()) > 1:
         return _compare(args, console)
     trainer = _resumed(args) if args.resume else _begun(args, console)
@@ -170,8 +171,17 @@ def _model_and_text(
     notes += cap_passes(stream, _tokens_of(config, stream.seq_len), _or(args.max_passes, MAX_PASSES))
     for note in notes:
         console.print(Text(f"note: {note}", style="yellow"))
-    model = _fresh_model(model_config.replace(vocab_size=tokenizer.vocab_size), config.seed, args.device)
+    model = _fresh_model(_with_tokens_of(tokenizer, model_config, console), config.seed, args.device)
     return model, stream, source
+
+
+def _with_tokens_of(tokenizer: Tokenizer, config: ModelConfig, console: Console) -> ModelConfig:
+    """A configuration whose vocabulary and special tokens are the tokenizer's, and a line where they were not."""
+    own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    changed = [f"{name} {getattr(config, name)} -> {i}" for name, i in own.items() if getattr(config, name) != i]
+    if changed:
+        console.print(Text(f"note: special tokens as in the tokenizer: {', '.join(changed)}", style="yellow"))
+    return config.replace(vocab_size=tokenizer.vocab_size, **own)
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
@@ -228,14 +238,17 @@ def _resumed(args: argparse.Namespace) -> Trainer:
         depth = (
             model_config.num_nextn_predict_layers if args.no_mtp is None else wanted.num_nextn_predict_layers
         )
-        model_config = wanted.replace(vocab_size=model_config.vocab_size, num_nextn_predict_layers=depth)
+        of_the_tokenizer = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        kept = {name: getattr(model_config, name) for name in of_the_tokenizer}
+        model_config = wanted.replace(num_nextn_predict_layers=depth, **kept)
     if args.no_mtp:
         model_config = model_config.replace(num_nextn_predict_layers=0)
-    # The folder may have been moved since; whether it is the same text is seen by its fingerprint.
+    # The folder may have been moved or renamed since; whether it is the same text is seen by its fingerprint.
     data = source["data"] if args.data is None else args.data
     without = source["without"] if args.without is None else args.without
     # Runs begun before there was a choice have the small text, and say nothing of it.
-    domains, _ = open_domains(data, without, text=_or(args.text, source.get("text", "small")))
+    own_name = None if source["data"] is None else Path(source["data"]).name
+    domains, _ = open_domains(data, without, text=_or(args.text, source.get("text", "small")), own_name=own_name)
     stream = PackedStream(
         domains,
         Tokenizer.from_pretrained(out / run_folder.TOKENIZER_FOLDER),

@@ -35,6 +35,7 @@ _FORMAT = 1
 _RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
 TOKENIZER_FOLDER = "tokenizer"
+_ABSENT = object()
 _COMPARED = ("training", "model", "stream", "initial_weights")
 
 
@@ -153,9 +154,10 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
     for part in _COMPARED if with_weights else _COMPARED[:-1]:
         difference = _first_difference(recorded.get(part), now[part], part)
         if difference is not None:
-            name, then, here = difference
+            name, *values = difference
+            then, here = ("nothing of that name" if v is _ABSENT else repr(v) for v in values)
             raise TrainingError(
-                f"{name}: the run was begun with {then!r}, it is to be resumed with {here!r}; resume it as "
+                f"{name}: the run was begun with {then}, it is to be resumed with {here}; resume it as "
                 "it was, or begin a new run in another folder"
             )
 
@@ -163,7 +165,7 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
 def _first_difference(then: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
     if isinstance(then, dict) and isinstance(now, dict):
         for key in [*then, *(key for key in now if key not in then)]:
-            found = _first_difference(then.get(key), now.get(key), f"{name}.{key}")
+            found = _first_difference(then.get(key, _ABSENT), now.get(key, _ABSENT), f"{name}.{key}")
             if found is not None:
                 return found
         return None

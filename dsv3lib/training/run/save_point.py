@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import CheckpointError, SaveError
+from ...files import with_utf8_name
 
 FOLDER_NAME = "checkpoints"
 _PREFIX = "step-"
@@ -78,6 +80,19 @@ def latest_savepoint(run: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def is_save_point(folder: Path) -> bool:
+    """Whether a folder is one by its place and name."""
+    return folder.parent.name == FOLDER_NAME and folder.name.startswith(_PREFIX)
+
+
+def damaged(folder: Path, error: Exception) -> CheckpointError:
+    """The error for a save point whose model cannot be read; what to do is another thing than with a download."""
+    return CheckpointError(
+        f"{folder}: this save point is damaged ({error}). It cannot be fetched again: remove its folder, and the run "
+        "goes on from the one before"
+    )
+
+
 def remove_outdated(run: Path, keep: int) -> None:
     """Keep the newest ``keep`` save points; remove the rest and what a killed process left half-written."""
     folder = run / FOLDER_NAME
@@ -107,7 +122,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, truncated or none of safetensors.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with ExitStack() as stack, safe_open(with_utf8_name(path, stack), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...model import DeepSeekV3
 from ..loop.optimizer import copy_exactly
 from . import save_point
@@ -52,7 +52,10 @@ def load_state(trainer: Trainer, folder: Path) -> None:
         CheckpointError: a file is missing or damaged, or a tensor does not fit.
         DataError: the text has changed.
     """
-    model = DeepSeekV3.from_pretrained(folder)
+    try:
+        model = DeepSeekV3.from_pretrained(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise save_point.damaged(folder, error) from error
     folder = folder / STATE_FOLDER
     state = save_point.load_json(folder / _STATE)
     random_tensors = save_point.load_tensors(folder / _RANDOM)

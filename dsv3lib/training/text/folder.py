@@ -139,7 +139,7 @@ def _walk(root: Path, notes: list[tuple[str, str]]):
             yield Path(folder) / file
 
 
-def folder_domains(folder: str | os.PathLike) -> tuple[list[Domain], list[str]]:
+def folder_domains(folder: str | os.PathLike, own_name: str | None = None) -> tuple[list[Domain], list[str]]:
     """Make domains from any folder of UTF-8 text: one for each sub-folder on the first level.
 
     Files beside those sub-folders form a domain with the folder's own name. Files are told from binary ones
@@ -147,6 +147,7 @@ def folder_domains(folder: str | os.PathLike) -> tuple[list[Domain], list[str]]:
 
     Args:
         folder: a folder, or a single text file.
+        own_name: of the domain of files beside the sub-folders, by default the folder's.
 
     Returns:
         The domains, sorted by name, and notes for the user on what was skipped and why.
@@ -167,7 +168,7 @@ def folder_domains(folder: str | os.PathLike) -> tuple[list[Domain], list[str]]:
     else:
         root, candidates = top.parent, [top]
     groups: dict[str, list[tuple[str, int]]] = {}
-    own_name = top.name or "text"
+    own_name = own_name or top.name or "text"
     for path in candidates:
         reason, size = _reason_to_skip(path)
         relative = path.relative_to(root)
@@ -206,6 +207,7 @@ def open_domains(
     without: Sequence[str] = (),
     seed: int = 0,
     text: BuiltinText = "small",
+    own_name: str | None = None,
 ) -> tuple[list[Domain], list[str]]:
     """The text to train on: the built-in domains, or those of a folder where one is given.
 
@@ -214,6 +216,8 @@ def open_domains(
         without: built-in domains to leave out.
         seed: of the generated arithmetic.
         text: how much of the built-in text, see ``builtin_domains``.
+        own_name: of the domain of files beside the folder's sub-folders, by default the folder's; a run that goes on
+            knows it by the name that it had.
 
     Returns:
         The domains, and notes for the user on what was skipped.
@@ -222,5 +226,5 @@ def open_domains(
         DataError: there is no text to learn from; the message names the way out.
     """
     if data is not None:
-        return folder_domains(data)
+        return folder_domains(data, own_name)
     return builtin_domains(without=without, seed=seed, text=text), []
