@@ -36,7 +36,7 @@ def test_gradients_are_the_same_to_the_bit(
 def kept_bytes(model: DeepSeekV3, input_ids: torch.Tensor) -> int:
     """What a forward pass has allocated and not given back when it ends: the output and what backward needs."""
     model(input_ids, labels=input_ids)  # the table of turns is made
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         out = model(input_ids, labels=input_ids)
     assert out.loss.requires_grad
     return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
