@@ -30,6 +30,7 @@ from ..text.folder import open_domains
 from ..text.full_text import FULL_WEIGHTS
 from ..text.mixture import MAX_PASSES, cap_passes
 from ..text.tokenizer import Tokenizer, default_tokenizer, train_tokenizer
+from . import extension_command
 from . import folder as run_folder
 
 PRESETS = ("nano", "tiny", "tiny-v3")
@@ -98,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="between validations (at the end)")
     run.add_argument("--threads", type=int, help="threads on the CPU")
     run.add_argument("--device", help=HELP)
+    extension_command.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         full.
     """
     console = plain_console()
+    if extension_command.is_meant(args):
+        return extension_command.run(args, console, lambda trainer: [_Lines(trainer)])
     if len(args.balance or ()) > 1:
         return _compare(args, console)
     trainer = _resumed(args) if args.resume else _begun(args, console)

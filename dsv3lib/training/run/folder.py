@@ -32,7 +32,7 @@ from . import log as runlog
 from . import save_point
 
 _FORMAT = 1
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
 TOKENIZER_FOLDER = "tokenizer"
 _ABSENT = object()
@@ -79,7 +79,7 @@ def begin_run(
     refuse_existing(run)
 
     def fill(folder: Path) -> None:
-        save_point.save_json(folder / _RUN_FILE, description)
+        save_point.save_json(folder / RUN_FILE, description)
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER_FOLDER)
         log = runlog.RunLog(folder / runlog.FILE_NAME)
@@ -95,7 +95,7 @@ def refuse_existing(run: Path) -> None:
     Raises:
         TrainingError: the path is a file or a folder that is not empty.
     """
-    if (run / _RUN_FILE).exists():
+    if (run / RUN_FILE).exists():
         raise TrainingError(
             f"{run}: holds a run already; go on with it (--resume {run}) or choose another folder"
         )
@@ -109,9 +109,9 @@ def read_run(run: str | Path) -> dict[str, Any]:
     Raises:
         TrainingError: there is no run in that folder, or its file is damaged.
     """
-    path = Path(run) / _RUN_FILE
+    path = Path(run) / RUN_FILE
     if not path.exists():
-        raise TrainingError(f"{run}: there is no run to resume (no {_RUN_FILE}); begin one without --resume")
+        raise TrainingError(f"{run}: there is no run to resume (no {RUN_FILE}); begin one without --resume")
     try:
         described = save_point.load_json(path)
     except CheckpointError as error:
@@ -131,7 +131,7 @@ def recorded_config(described: dict[str, Any]) -> TrainingConfig:
         return TrainingConfig.from_dict(described["training"])
     except (KeyError, TypeError, ConfigError) as error:
         raise TrainingError(
-            f"{_RUN_FILE}: its training settings cannot be used ({error}); begin a new run"
+            f"{RUN_FILE}: its training settings cannot be used ({error}); begin a new run"
         ) from error
 
 
@@ -139,7 +139,7 @@ def record_length(run: Path, total_steps: int, decided_after: int) -> None:
     """Write down how many steps a run by the clock has, before any step depends on it."""
     described = read_run(run)
     described["total_steps"], described["decided_after"] = total_steps, decided_after
-    write_whole(run / _RUN_FILE, save_point.json_text(described))
+    write_whole(run / RUN_FILE, save_point.json_text(described))
 
 
 def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weights: bool) -> None:
