@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from dsv3lib.course.prediction import predict, reveal
     from dsv3lib.course.scale import at_scale
     from dsv3lib.course.session import Session, setup
-    from dsv3lib.course.symbols import symbols
+    from dsv3lib.course.symbol_table import symbols
     from dsv3lib.course.tables import table
     from dsv3lib.course.waiting import bar
 
@@ -125,7 +125,7 @@ _HOME = {
     "reveal": "prediction",
     "setup": "session",
     "solution": "answer",
-    "symbols": "symbols",
+    "symbols": "symbol_table",
     "table": "tables",
 }
 

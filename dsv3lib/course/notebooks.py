@@ -30,7 +30,7 @@ from dsv3lib.course.syllabus import LESSONS
 from dsv3lib.errors import CourseError, Dsv3Error
 from dsv3lib.files import write_whole
 
-CELL_TIMEOUT_SECONDS = 300
+CELL_TIMEOUT_SECONDS = 900
 _STAMPS = Path("build") / "notebooks"
 
 

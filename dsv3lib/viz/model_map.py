@@ -29,7 +29,20 @@ PARTS = {
     "embedding": "embedding",
     "head": "output head",
 }
-"""Key → name, in the order of the bars. Parts are no meanings of the palette: they go from dark to light."""
+"""Key → name, in the order of the bars."""
+
+FILLS = {
+    "routed_experts": ("#1d2f5f", ""),
+    "shared_experts": ("#4f6ea8", ".."),
+    "router": ("#ffffff", ""),
+    "dense": ("#a9bfe0", "//"),
+    "attention": ("#a85a16", "\\\\"),
+    "attention_core": ("#f2c98a", ""),
+    "embedding": ("#e3e1dc", "oo"),
+    "head": ("#8a8782", "xx"),
+}
+"""Key → colour and hatch. Parts are no meanings of the palette: feed-forward networks are blue, attention brown, the
+ends grey; neighbours differ in lightness or in hatch, so that a grey print tells them apart."""
 
 
 def parts(config: ModelConfig, context: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -53,21 +66,19 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
         return DeepSeekV3(config).parameter_counts()
 
 
-def model_map(configs: Mapping[str, ModelConfig], context: int = 4096) -> tuple[Figure, str]:
+def model_map(configs: Mapping[str, ModelConfig], context: int = 4096) -> tuple[Figure, str, str]:
     """Two bars a model, parameters above operations, each divided by part.
 
     Args:
         configs: name → configuration. context: tokens that the counted token attends to.
 
     Returns:
-        The figure and its alt text.
+        The figure, its alt text and its caption.
     """
     fig, ax = style.figure(
         title="Almost all parameters are experts; a token meets few of them",
         xlabel="share of the bar's total (percent)", ylabel=None, size=(9.0, 1.4 + 1.15 * len(configs)),
     )  # fmt: skip
-    shades = matplotlib.colormaps[style.SEQUENTIAL]
-    colours = {part: shades(i / (len(PARTS) - 1)) for i, part in enumerate(PARTS)}
     labels, rows = [], []
     for number, (name, config) in enumerate(configs.items()):
         parameters, flops = parts(config, context)
@@ -82,11 +93,17 @@ def model_map(configs: Mapping[str, ModelConfig], context: int = 4096) -> tuple[
         for part, value in values.items():
             width = 100 * value / total
             label = PARTS[part] if part not in drawn else None
-            ax.barh(y, width, left=left, height=0.8, color=colours[part], edgecolor=style.PAPER, label=label)
+            fill, hatch = FILLS[part]
+            ax.barh(
+                y, width, left=left, height=0.8, facecolor=fill, hatch=hatch, edgecolor=style.INK,
+                linewidth=0.5, label=label,
+            )  # fmt: skip
             drawn.add(part)
             if width >= 4:
-                ink = "white" if sum(colours[part][:3]) < 1.5 else style.INK
-                ax.text(left + width / 2, y, f"{width:.0f}", ha="center", va="center", color=ink, fontsize=10)
+                under = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.2}
+                ax.text(
+                    left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=10, bbox=under
+                )
             left += width
     ax.set_yticks([y for y, _ in rows], labels)
     ax.set_xlim(0, 100)
@@ -101,11 +118,16 @@ def model_map(configs: Mapping[str, ModelConfig], context: int = 4096) -> tuple[
         stories.append(
             f"in {name}, routed experts hold {shares[0]:.0f} % of the first and {shares[1]:.0f} % of the second"
         )
-    return fig, (
+    alt = (
         "Two bars a model, parameters above operations per token, each divided by part: "
         + "; ".join(stories)
         + "."
     )
+    caption = (
+        "Compare the two bars of a model: what fills the upper one is not what fills the lower one. Numbers are "
+        f"percent; a token looks back on {context:,} tokens."
+    )
+    return fig, alt, caption
 
 
 def _in_order(ax: matplotlib.axes.Axes) -> tuple[list, list[str]]:
@@ -129,7 +151,7 @@ def save_readme_picture(path: Path) -> None:
     configs = {"DeepSeek-V3": ModelConfig.preset("v3-671b"), "tiny": ModelConfig.preset("tiny")}
     # The whole drawing stands under the course's style: whatever else set matplotlib up before does not show.
     with matplotlib.rc_context({**style.rc(), "svg.hashsalt": "dsv3lib"}):
-        fig, _ = model_map(configs)
+        fig, *_ = model_map(configs)
         fig.savefig(path, metadata={"Date": None, "Creator": None})
 
 

@@ -21,7 +21,7 @@ import dsv3lib.course as course
 from dsv3lib.course import card, record, syllabus
 from dsv3lib.course.exercises import ALL, find
 from dsv3lib.course.judge import judge
-from dsv3lib.course.task import Exercise, Rejected, WrongAnswer, expect_number, expect_tensor
+from dsv3lib.course.task import Exercise, Rejected, RightAnswer, WrongAnswer, expect_number, expect_tensor
 from dsv3lib.errors import CourseError
 
 SANITIZE = Path(__file__).parents[1] / "notebooks" / "sanitize.cfg"
@@ -55,6 +55,32 @@ def test_plausible_wrong_answer_is_rejected_in_words(one: Exercise, wrong: Wrong
     assert verdict.state == "wrong", wrong.why
     assert "raised" not in verdict.text, "a wrong answer must be judged, not crash"
     assert len(verdict.text) > 20
+    assert wrong.says in verdict.text, f"{wrong.why}: the sentence must name it"
+
+
+@pytest.mark.parametrize(
+    ("one", "right"),
+    [(one, right) for one in ALL for right in one.also_right],
+    ids=lambda x: getattr(x, "id", ""),
+)
+def test_every_natural_way_to_be_right_is_accepted(one: Exercise, right: RightAnswer) -> None:
+    verdict = judge(one, right.function)
+    assert verdict.state == "right", f"{right.how}: {verdict.text}"
+
+
+TO_BRING_TO_THE_PATTERN = {"mla", "routing"}
+"""Lessons whose exercises are older than the rule below; who brings one to it takes it out."""
+
+
+@pytest.mark.parametrize(
+    "one", [one for one in ALL if one.lesson not in TO_BRING_TO_THE_PATTERN], ids=lambda o: o.id
+)
+def test_an_exercise_knows_five_ways_to_be_right_and_five_to_be_wrong(one: Exercise) -> None:
+    assert len(one.also_right) >= 4, "with the solution, five natural ways to be right"
+    assert len(one.wrong) >= 5 and all(wrong.says for wrong in one.wrong)
+    assert len({wrong.says for wrong in one.wrong}) == len(one.wrong), "two mistakes need two sentences"
+    assert one.spec and one.spec[-1][0] == "returns"
+    assert len(one.solution_source().splitlines()) <= 25
 
 
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.id)
@@ -276,7 +302,7 @@ def test_progress_counts(capsys: pytest.CaptureFixture[str]) -> None:
     course.progress()
     out = capsys.readouterr().out
     assert f"1 of {len(ALL)} exercises solved, 1 tried" in out
-    assert re.search(r"00_start_here .*1 of 3 solved +■◪□ +1", out)
+    assert re.search(r"00_start_here .*1 of 5 solved +■◪□□□ +1", out)
 
 
 @pytest.mark.parametrize("function", ["check", "hint", "solution", "exercise"])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dsv3lib.config import ModelConfig
-from dsv3lib.course.symbols import SIZES, shape_of, symbols, typeset
+from dsv3lib.course.symbol_table import SIZES, shape_of, symbols, typeset
 from dsv3lib.course.tables import table
 from dsv3lib.errors import CourseError
 

@@ -19,14 +19,14 @@ def test_a_part_that_is_not_there_has_no_bar():
     dense = ModelConfig.preset("nano").replace(first_k_dense_replace=3)
     parameters, _ = parts(dense, context=16)
     assert "routed_experts" not in parameters
-    figure, alt = model_map({"dense": dense}, context=16)
+    figure, alt, _ = model_map({"dense": dense}, context=16)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "routed experts" not in names and "dense networks" in names
     assert "hold 0 % of the first" in alt
 
 
 def test_bars_fill_the_axis():
-    figure, _ = model_map({"nano": ModelConfig.preset("nano")}, context=16)
+    figure, *_ = model_map({"nano": ModelConfig.preset("nano")}, context=16)
     bars = figure.axes[0].patches
     for y in {round(b.get_y(), 3) for b in bars}:
         assert abs(sum(b.get_width() for b in bars if round(b.get_y(), 3) == y) - 100) < 1e-6

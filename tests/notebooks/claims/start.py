@@ -1,0 +1,30 @@
+"""How the claims of 00_start_here are switched off."""
+
+from mutation import Off
+
+CLAIMS = {
+    "size": Off(
+        "with a router that sends every token to every expert",
+        "make = ModelConfig.preset\n"
+        "patch(ModelConfig, 'preset', staticmethod(\n"
+        "    lambda name: make(name).replace(num_experts_per_tok=256, topk_group=8)))",
+    ),
+    "looking-back": Off(
+        "with a context of 4,096 tokens",
+        "far_of = model_map.parts\npatch(model_map, 'parts', lambda c, context: far_of(c, 4096))",
+    ),
+    "learns": Off(
+        "with a model that knows what is common and nothing of order",
+        "loss_of = lambda shuffled: rival",
+        given="rival = 7.3\nloss_of = lambda shuffled: 7.1 if shuffled else 6.2",
+    ),
+    "same": Off(
+        "with a small model that has no experts",
+        "model = DeepSeekV3(tiny.replace(first_k_dense_replace=tiny.num_hidden_layers))",
+    ),
+    "each": Off(
+        "with every expert at work",
+        "v3 = v3.replace(num_experts_per_tok=256, topk_group=8)",
+    ),
+    "download": Off("without the module that predicts one token further", "counts = counts | {'mtp': 0}"),
+}
