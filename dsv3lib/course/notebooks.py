@@ -25,7 +25,7 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from dsv3lib.course import claims, inspection, minutes, pairing, record
+from dsv3lib.course import claims, inspection, minutes, pairing, readme, record
 from dsv3lib.course.syllabus import LESSONS
 from dsv3lib.errors import CourseError, Dsv3Error
 from dsv3lib.files import write_whole
@@ -214,6 +214,7 @@ def _make_all(root: Path, chosen: Sequence[str], whatever: bool) -> int:
         write_whole(root / _STAMPS / stem, fingerprint(root, stem))
         print(f"{stem}: executed in {time.monotonic() - started:.0f} s", flush=True)
         failed += _report({stem: check(root, stem)})
+    readme.update(root)
     return int(failed > 0)
 
 

@@ -207,23 +207,28 @@ reveal("start.p2", "less than 0.001 %", because="Nearly all of a transformer is 
 # an addition are two). The two pictures differ, and that difference is the whole point of a mixture of experts.
 
 # %%
-predict(
-    "start.p3",
-    "Routed experts hold 97 % of V3's parameters. What share of the operations for one token do "
-    "they take, when it looks back on 4,096 tokens?",
-    number=(0, 100, "%"),
-)
-
-# %%
 style.show(*model_map.model_map({"DeepSeek-V3": v3, "tiny": tiny}, context=4096))
-_, operations = model_map.parts(v3, context=4096)
-share = round(100 * operations["routed_experts"] / sum(operations.values()))
-because = "A token visits 8 experts of 256 in a layer, and all of its attention."
-reveal("start.p3", share, unit="%", because=because)
 
 # %% [markdown]
 # Attention has two bars. Its *projections* cost the same for every token. Its *scores and values* cost more the further
-# a token looks back. Move the slider (Tab to it, then the arrow keys) and see who wins.
+# a token looks back.
+
+# %%
+predict(
+    "start.p3",
+    "Here a token looks back on 4,096 tokens. V3's longest trained context is 131,072. Which part "
+    "of V3 does the most work there?",
+    options=["the routed experts", "attention's projections", "attention's scores and values"],
+)
+
+# %% tags=["claim:looking-back"]
+style.show(*model_map.model_map({"DeepSeek-V3": v3}, context=131_072))
+_, far = model_map.parts(v3, context=131_072)
+assert far["attention_core"] > sum(far.values()) / 2
+reveal("start.p3", "attention's scores and values", because="It does more than all the rest.")
+
+# %% [markdown]
+# Move the slider (Tab to it, then the arrow keys) and see where it overtakes the experts.
 
 # %%
 from dsv3lib.viz.live import live
@@ -233,17 +238,12 @@ def draw(context):
     return model_map.model_map({"DeepSeek-V3": v3}, context=context)
 
 
-steps_of_context = [1024, 4096, 16384, 65536, 131072]
-label = {"context": "context (tokens)"}
-live(draw, context=steps_of_context, start={"context": 4096}, labels=label)
-
-# %% tags=["claim:looking-back"]
-_, far = model_map.parts(v3, context=131_072)
-assert far["attention_core"] > sum(far.values()) / 2
+contexts = [1024, 4096, 16384, 65536, 131072]
+live(draw, context=contexts, start={"context": 4096}, labels={"context": "context (tokens)"})
 
 # %% [markdown]
-# At 131,072 tokens, V3's longest trained context, looking back is more than half of the work. <!-- claim: looking-back -->
-# What of the past must be kept for that, and how little it can be, is notebook 01.
+# **So looking back is what becomes dear, and not the experts.** <!-- claim: looking-back --> What of the past must be kept
+# for that, and how little it can be, is notebook 01.
 #
 # ## Real text, from this machine
 #
@@ -446,9 +446,11 @@ assert 2 * counts["main"] > 15 * products
 # head. And because the weights are stored in eight bits, each block of them has a scale, which is counted too.
 
 # %% tags=["claim:download"]
-shapes = {k: v.shape for k, v in big.state_dict().items() if k.endswith("_proj.weight")}
-shapes |= {k: v.shape for k, v in big.state_dict().items() if "with_mqa.weight" in k}
-blocks = sum(-(-s[-2] // 128) * -(-s[-1] // 128) * s[:-2].numel() for s in shapes.values())
+import math
+
+matrices = [v for k, v in big.state_dict().items() if "_proj" in k and "eh_proj" not in k]
+areas = [[-(-side // 128) for side in one.shape[-2:]] + [*one.shape[:-2]] for one in matrices]
+blocks = sum(math.prod(area) for area in areas)
 on_disk = {
     "main model": counts["main"],
     "module": counts["mtp"],

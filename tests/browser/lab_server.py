@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3lib.course.lab import prepare_settings
 from dsv3lib.course.record import FILE, HIDDEN, VARIABLE
 from dsv3lib.course.workspace import Workspace
 
@@ -92,6 +93,8 @@ def serve(root: Path, home: Path, *, theme: str = LIGHT, locale: str = "") -> It
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}",  # a text must not follow a test
     ]
+    if (root / HIDDEN).is_dir():
+        command.append(prepare_settings(Workspace(root)))
     log = home / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -33,7 +33,7 @@ exercise("mla.1")
 def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
     ...
 
-check("mla.1", cache_bytes)
+cache_bytes = check("mla.1", cache_bytes)
 
 # %%
 from dsv3lib.viz import style
@@ -59,19 +59,19 @@ WRONG = """\
 def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
     return layers * kv_rank * bytes_per_value
 
-check("mla.1", cache_bytes)
+cache_bytes = check("mla.1", cache_bytes)
 """
 BROKEN = """\
 def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
     return layers / 0
 
-check("mla.1", cache_bytes)
+cache_bytes = check("mla.1", cache_bytes)
 """
 RIGHT = """\
 def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
     return layers * (kv_rank + rope_dim) * bytes_per_value
 
-check("mla.1", cache_bytes)
+cache_bytes = check("mla.1", cache_bytes)
 """
 
 

@@ -29,7 +29,7 @@ def lesson(light: LabServer, open_page: OpenPage) -> Iterator[LabPage]:
 def test_run_all_passes_through_and_shows_what_is_open(lesson: LabPage) -> None:
     assert lesson.errors() == []
     assert lesson.output_text(lesson.find_cell("check(")).startswith("Open · exercise mla.1")
-    assert "No prediction made" in lesson.output_text(lesson.find_cell('reveal("mla.p1"'))
+    assert lesson.output_text(lesson.find_cell('reveal("mla.p1"')).startswith("What happened: predict first")
     assert "exercises solved" in lesson.output_text(lesson.find_cell("progress()"))
 
 
@@ -45,14 +45,14 @@ def test_slider_moves_the_figure_and_its_words_with_the_arrow_keys(lesson: LabPa
     assert lesson.wait_picture_changes(cell, after) == before
 
 
-def test_hints_one_at_a_time_and_the_solution_by_keyboard(lesson: LabPage) -> None:
+def test_hints_one_at_a_time_and_the_reference_by_keyboard(lesson: LabPage) -> None:
     cell = lesson.find_cell("check(")
     lesson.press_button(cell, "Hint")
     lesson.wait_text(cell, "Hint 1 of 3")
     assert "Hint 2 of 3" not in lesson.output_text(cell)
     lesson.press_button(cell, "Hint")
     lesson.wait_text(cell, "Hint 2 of 3")
-    lesson.press_button(cell, "Solution")
+    lesson.press_button(cell, "Skip: show the reference")
     lesson.wait_text(cell, "return layers * (kv_rank + rope_dim) * bytes_per_value")
 
 

@@ -151,6 +151,10 @@ def add_figure(book: NotebookNode) -> None:
     add_output(PICTURE)(book)
 
 
+def page(html: str) -> NotebookNode:
+    return nbformat.v4.new_output("display_data", {"text/html": html})
+
+
 ERROR = nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[])
 PICTURE = nbformat.v4.new_output("display_data", {"image/png": "iVBO"})
 VIEW = nbformat.v4.new_output("display_data", {inspection.WIDGET_VIEW: {"model_id": "1"}})
@@ -196,6 +200,31 @@ BREAKS: dict[str, tuple[Callable[[NotebookNode], object], Callable[[NotebookNode
         lambda book: cell_with(book, "sum").update(source="x = 1\n" * 16),
         inspection.prose_problems,
         "16 lines",
+    ),
+    "a line that is cut off": (
+        lambda book: cell_with(book, "sum").update(source="x = 1  # " + "long " * 20),
+        inspection.page_problems,
+        "at most 96",
+    ),
+    "raw Markdown in an output": (
+        lambda book: cell_with(book, "sum").outputs[0].update(text="the **bias** moves\n"),
+        inspection.page_problems,
+        "raw **",
+    ),
+    "the view of a run that has not begun": (
+        lambda book: cell_with(book, "sum").outputs[0].update(text="load: no step has been recorded yet"),
+        inspection.page_problems,
+        "has not begun",
+    ),
+    "a picture in HTML without alt text": (
+        add_output(page('<img src="data:image/png;base64,iV">')),
+        inspection.caption_problems,
+        "without an alt text",
+    ),
+    "a figure without a caption": (
+        add_output(page('<figure class="dsv3-figure"><img alt="one dot in a square"></figure>')),
+        inspection.caption_problems,
+        "without a caption",
     ),
     "a figure without alt text": (add_figure, inspection.figure_problems, "without an alt text"),
     "too few cells": (
@@ -243,6 +272,15 @@ def test_a_pair_out_of_step_is_caught(
     findings = notebooks.check(root, "00_small")
     assert any(expected in line for line in findings), findings
     assert notebooks.main(["--root", str(root), "--check"]) == 1
+
+
+def test_a_folded_cell_is_collapsed_in_jupyterlab(tmp_path: Path) -> None:
+    root = lay(tmp_path, SOURCE + '\n# %% tags=["folded"]\nprint(7)\n')
+    book = notebooks.make(root, "00_small")
+    assert cell_with(book, "print(7)").metadata["jupyter"] == {"source_hidden": True}
+    assert inspection.metadata_problems(book) == []
+    book.cells[0].metadata["jupyter"] = {"source_hidden": True}
+    assert inspection.metadata_problems(book) == ["cell 0 has metadata 'jupyter'"]
 
 
 def test_ids_follow_their_cells(made: NotebookNode, tmp_path: Path) -> None:

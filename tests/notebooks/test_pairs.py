@@ -8,9 +8,10 @@ import nbformat
 import pytest
 from lessons import PARAMETERS, ROOT, STEMS, TO_BRING_TO_THE_PATTERN, bounds, notebook
 
-from dsv3lib.course import inspection, notebooks, pairing
+from dsv3lib.course import inspection, notebooks, pairing, readme
 from dsv3lib.course.exercises import of_lesson
 from dsv3lib.course.syllabus import LESSONS, lesson
+from dsv3lib.errors import CourseError
 
 each_lesson = pytest.mark.parametrize("stem", STEMS)
 
@@ -92,3 +93,18 @@ def test_a_link_to_nowhere_is_seen(tmp_path: Path) -> None:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     found = inspection.link_problems(book, tmp_path)
     assert found == ["cell 0 links to not_there.ipynb, which does not exist"]
+
+
+def test_the_readme_lists_the_lessons_of_the_syllabus() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == readme.updated(text, ROOT / "notebooks"), "run make notebooks"
+
+
+def test_a_readme_row_follows_the_syllabus(tmp_path: Path) -> None:
+    (tmp_path / LESSONS[1].stem).with_suffix(".ipynb").touch()
+    before = f"# x\n\n{readme.BEGIN}\nold\n{readme.END}\n\nrest\n"
+    after = readme.updated(before, tmp_path)
+    assert f"](notebooks/{LESSONS[1].stem}.ipynb)" in after and f"| {LESSONS[1].minutes} |" in after
+    assert f"| {LESSONS[2].idea} | in preparation |" in after and after.endswith("\n\nrest\n")
+    with pytest.raises(CourseError, match="for the table of lessons to stand between"):
+        readme.updated("# nothing", tmp_path)
