@@ -166,6 +166,8 @@ class Workspace:
     def _write(
         self, own: Path, base: Path, book: NotebookNode, trusted: bool, new: NotebookNode | None = None
     ) -> None:
+        if not own.exists():  # stopped in between, the copy is made again; a merge, on the contrary, is kept first
+            pairing.write_notebook(new or book, base)
         pairing.write_notebook(book, own)
         pairing.write_notebook(new or book, base)
         if trusted:

@@ -216,8 +216,8 @@ style.show(*model_map.model_map({"DeepSeek-V3": v3, "tiny": tiny}, context=4096)
 # %%
 predict(
     "start.p3",
-    "Here a token looks back on 4,096 tokens. V3's longest trained context is 131,072. Which part "
-    "of V3 does the most work there?",
+    "Here a token looks back on 4,096 tokens. V3's longest trained context is 131,072. Which "
+    "part of V3 does the most work there?",
     options=["the routed experts", "attention's projections", "attention's scores and values"],
 )
 
@@ -309,8 +309,8 @@ table(["rival", "loss (nats per token)"], rows, varies=True)
 # %%
 predict(
     "start.p4",
-    "The loss starts near that of the rival who knows nothing. Where is it after the next cell, "
-    "which takes about half a minute on two cores?",
+    "The loss starts near that of the rival who knows nothing. Where is it after the next "
+    "cell, which takes about half a minute on two cores?",
     options=[
         "still between the two rivals",
         "about that of the rival who knows what is common",

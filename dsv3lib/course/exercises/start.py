@@ -129,8 +129,8 @@ def gpus_to_hold(parameters: int, bytes_each: float, gpu_bytes: int) -> int:
 
 def _check_gpus(answer: Callable[[int, float, int], int]) -> None:
     gib = 2**30
-    cases = [(671_026_419_200, 2, 80 * gib), (671_026_419_200, 1, 80 * gib), (80 * gib, 1, 80 * gib)]
-    cases += [(80 * gib + 1, 1, 80 * gib), (10**9, 0.5, 16 * gib), (7 * 10**9, 4, 24 * gib)]
+    cases = [(671_026_419_200, 2.0, 80 * gib), (671_026_419_200, 1.0, 80 * gib), (80 * gib, 1.0, 80 * gib)]
+    cases += [(80 * gib + 1, 1.0, 80 * gib), (10**9, 0.5, 16 * gib), (7 * 10**9, 4.0, 24 * gib)]
     for parameters, width, room in cases:
         needed = parameters * width / room
         slips = {
@@ -142,7 +142,7 @@ def _check_gpus(answer: Callable[[int, float, int], int]) -> None:
             math.floor(needed) + 1: "When the weights fill the last GPU exactly, no further one is needed.",
         }
         got = answer(parameters, width, room)
-        what = f"the count for {parameters:,} weights of {width} bytes and {room:,} bytes a GPU"
+        what = f"the count for {parameters:,} weights of {width:g} bytes and {room:,} bytes a GPU"
         right = math.ceil(needed)
         expect_number(got, right, what, rel=1e-12, slips={v: t for v, t in slips.items() if v != right})
 
