@@ -1,9 +1,18 @@
-"""Runs a lesson's claims twice: as they are, and with the mechanism that they speak of switched off."""
+"""Runs a lesson's claims twice: as they are, and with the mechanism that they speak of switched off.
+
+    python tests/notebooks/mutation.py LESSON.ipynb CLAIMS.py OUT.json
+
+in a process of its own, where nothing checks types at every call: a lesson runs there as it does in a kernel.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import linecache
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +23,7 @@ import numpy
 import torch
 from nbformat import NotebookNode
 
-from dsv3lib.course import claims
+from dsv3lib.course import claims, pairing
 
 FAST = {"FAST": True, "STEPS": 2, "DEVICE": "cpu"}
 
@@ -137,3 +146,23 @@ def _random_state(names: dict[str, Any]) -> tuple[Any, ...]:
     session = names.get("session")
     own = session.generator.get_state() if session is not None else None
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), own
+
+
+def off_of(path: Path) -> dict[str, Off]:
+    """Read a lesson's file of claims."""
+    spec = importlib.util.spec_from_file_location("claims_of_a_lesson", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CLAIMS
+
+
+def main(lesson: Path, off: Path, out: Path) -> None:
+    """Run one lesson; write claim → what is wrong with it."""
+    book, known = pairing.read_notebook(lesson), off_of(off)
+    os.chdir(lesson.parent)
+    out.write_text(json.dumps(dict(examined(book, lesson, known))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.modules["mutation"] = sys.modules["__main__"]  # the claims' file imports Off from here
+    main(*(Path(word).resolve() for word in sys.argv[1:4]))

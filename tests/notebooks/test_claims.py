@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from lessons import STEMS, TO_BRING_TO_THE_PATTERN, notebook
-from mutation import Off, examined
+from mutation import Off, examined, off_of
 from nbformat import NotebookNode
 
-from dsv3lib.course import claims, pairing, record
+from dsv3lib.course import claims, pairing
+from dsv3lib.course.notebooks import environment
 from dsv3lib.course.syllabus import lesson
 
 pytestmark = pytest.mark.notebook
@@ -19,30 +22,27 @@ pytestmark = pytest.mark.notebook
 FOLDER = Path(__file__).parent / "claims"
 
 
-def off_of(short: str) -> dict[str, Off]:
-    """The file of a lesson's claims."""
-    path = FOLDER / f"{short}.py"
-    assert path.is_file(), f"{path} is missing: it says how each bold claim of the lesson is switched off"
-    spec = importlib.util.spec_from_file_location(f"claims_{short}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CLAIMS
-
-
 @pytest.mark.parametrize("stem", sorted(set(STEMS) - TO_BRING_TO_THE_PATTERN))
-def test_each_bold_claim_fails_when_its_mechanism_is_off(
-    stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(record.VARIABLE, str(tmp_path / "progress.json"))
-    book = pairing.read_notebook(notebook(stem))
-    off = off_of(lesson(stem).short)
-    bold = claims.bold_claims(book)
+def test_each_bold_claim_fails_when_its_mechanism_is_off(stem: str, tmp_path: Path) -> None:
+    path, off = notebook(stem), FOLDER / f"{lesson(stem).short}.py"
+    assert off.is_file(), f"{off} is missing: it says how each bold claim of the lesson is switched off"
+    bold, known = claims.bold_claims(pairing.read_notebook(path)), set(off_of(off))
     assert len(bold) >= 3, f"{stem} opens with three claims, in bold; it has {len(bold)}"
-    assert set(bold) <= set(off), f"not switched off by any test: {sorted(set(bold) - set(off))}"
-    monkeypatch.chdir(notebook(stem).parent)
-    found = dict(examined(book, notebook(stem), off))
+    assert set(bold) <= known, f"not switched off by any test: {sorted(set(bold) - known)}"
+    out = tmp_path / "found.json"
+    script = Path(__file__).with_name("mutation.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(path), str(off), str(out)],
+        env=environment(tmp_path),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
     assert {name: trouble for name, trouble in found.items() if trouble} == {}
-    assert set(found) == set(off), f"claims that no cell is tagged with: {sorted(set(off) - set(found))}"
+    assert set(found) == known, f"claims that no cell is tagged with: {sorted(known - set(found))}"
 
 
 # --- the guard itself, on a small lesson ---------------------------------------------------------------------

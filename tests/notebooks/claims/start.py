@@ -5,7 +5,7 @@ from mutation import Off
 CLAIMS = {
     "size": Off(
         "with a router that sends every token to every expert",
-        "make = ModelConfig.preset\n"
+        "from dsv3lib import ModelConfig\nmake = ModelConfig.preset\n"
         "patch(ModelConfig, 'preset', staticmethod(\n"
         "    lambda name: make(name).replace(num_experts_per_tok=256, topk_group=8)))",
     ),
@@ -19,8 +19,8 @@ CLAIMS = {
         given="rival = 7.3\nloss_of = lambda shuffled: 7.1 if shuffled else 6.2",
     ),
     "same": Off(
-        "with a small model that has no experts",
-        "model = DeepSeekV3(tiny.replace(first_k_dense_replace=tiny.num_hidden_layers))",
+        "with a small model whose queries have no latent",
+        "model = DeepSeekV3(tiny.replace(q_lora_rank=None))",
     ),
     "each": Off(
         "with every expert at work",
