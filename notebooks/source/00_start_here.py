@@ -198,7 +198,7 @@ reveal("start.p2", "less than 0.001 %", because="Nearly all of a transformer is 
 
 # %% [markdown]
 # Your count and the library agree to the last parameter. The library's own model is
-# [dsv3lib/model.py](../dsv3lib/model.py); its layers are one file each in
+# [dsv3lib/model](../dsv3lib/model/deepseek_v3.py); its layers are one file each in
 # [dsv3lib/layers](../dsv3lib/layers/__init__.py).
 #
 # ## The map
@@ -425,7 +425,7 @@ assert tensors(big) == tensors(model)
 # models without experts. Two operations for a parameter is right; the question is for which parameters.
 
 # %% tags=["claim:each"]
-from dsv3lib.costs import forward_flops
+from dsv3lib.model.costs import forward_flops
 
 per_token = forward_flops(v3, context=4096)
 products = sum(per_token.values()) - per_token["attention_core"]
@@ -470,7 +470,7 @@ assert round(sum(on_disk.values()) / 1e9) == 685
 # here? Your speed was measured above; the rest is arithmetic.
 
 # %%
-from dsv3lib.costs import training_flops
+from dsv3lib.model.costs import training_flops
 
 speed = sorted(record["tokens_per_second"] for record in records)[len(records) // 2]
 tokens_v3, gpu_seconds = 14.8e12, 2_664_000 * 3600
