@@ -152,6 +152,10 @@ class DeepSeekV3(nn.Module):
                 ran = [r for r in routings if r is not None]
                 weights = self.loss_weights if loss_weights is None else loss_weights
                 add_losses(out, labels, document_ids, ran, self.config.num_experts_per_tok, weights)
+                # Where a row is too short for a module it does not run; its gradient is then 0 and not absent, as
+                # data parallelism asks of every parameter.
+                idle = self.model.layers[self.config.num_hidden_layers + len(out.mtp_logits) :]
+                out.loss = sum((p.flatten()[:0].sum() for p in idle.parameters()), out.loss)
         return out
 
     def _main(self, embeddings: Tensor, step: Step) -> tuple[Tensor, Tensor, list[Routing]]:

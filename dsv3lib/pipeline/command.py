@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..config import PRESETS, ModelConfig
 from ..errors import ConfigError, SaveError
 from ..files import write_whole
+from ..terminal import plain_console
 from . import planner
 from .closed_form import closed_form
 from .schedules import SCHEDULES, schedule
@@ -78,7 +78,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         rows = [asdict(one) | {name: getattr(one, name) for name in derived} for one in plans]
         print(json.dumps({"plans": rows, "refused": refused}, indent=1))
         return 0
-    console = Console()
+    console = plain_console(soft_wrap=False)
     console.print(table_of(plans, f"{arguments.model} on {arguments.gpus:,} GPUs"))
     for line in refused:
         console.print(Text(f"not possible: {line}", style="dim"))
@@ -115,7 +115,7 @@ def _show(arguments: argparse.Namespace) -> int:
     simulated = simulate(
         made, arguments.F, arguments.B, arguments.W, arguments.FB, communication=arguments.communication
     )
-    console = Console()
+    console = plain_console(soft_wrap=False)
     if arguments.actions:
         for rank, row in enumerate(made.rows()):
             console.print(Text(f"rank {rank}: {row}"))

@@ -369,3 +369,22 @@ def test_descending_the_loss_evens_the_affinities() -> None:
         (grad,) = torch.autograd.grad(sequence_balance_loss(logits.sigmoid(), 2, 1.0), logits)
         logits.data -= 20 * grad
     assert sequence_balance_loss(logits.sigmoid(), 2, 1.0).item() < start - 0.05
+
+
+@given(seed=SEEDS, inside=st.sampled_from([torch.bfloat16, torch.float16]), dtype=st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16]), tokens=st.integers(1, 40))  # fmt: skip
+def test_autocast_changes_no_gate(seed: int, inside: torch.dtype, dtype: torch.dtype, tokens: int) -> None:
+    """Affinities, experts and gate values to the bit, forward; and the gradient has the precision it had."""
+    generator = torch.Generator().manual_seed(seed)
+    router = Router(small())
+    router.weight.data.normal_(0, 0.3, generator=generator)
+    router.to(dtype)
+    x = torch.randn(tokens, small().hidden_size, generator=generator).to(dtype).requires_grad_()
+    outside = router(x)
+    with torch.autocast("cpu", inside):
+        within = router(x)
+    for a, b in zip(outside, within, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert within[2].dtype == torch.float32
+    gradients = [torch.autograd.grad(out[1].sum() + out[2].square().sum(), x)[0] for out in (outside, within)]
+    assert torch.equal(*gradients)
