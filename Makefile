@@ -1,6 +1,6 @@
 # Every target can be called again at no cost. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test notebooks lint bench clean
+.PHONY: help setup lab test notebooks lint bench checkpoint clean
 BIN := .venv/bin
 
 help: ## list the targets
@@ -25,6 +25,9 @@ lint: setup ## check style
 bench: setup ## measure against peers: on the GPU if there is one, else on the CPU
 	@if [ -f benchmarks/gpu.py ] && $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python benchmarks/gpu.py; else $(BIN)/python benchmarks/cpu.py; fi
+
+checkpoint: setup ## train tiny-v3 and its dense twin, measure, write data/checkpoints/tiny-v3 (MINUTES=60 THREADS=2); goes on where it was stopped
+	@$(BIN)/python -m dsv3lib.training.run.checkpoint $(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS))
 
 clean: ## remove caches and builds (.venv, runs and your progress stay)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache docs/_build

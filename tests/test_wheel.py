@@ -120,3 +120,22 @@ def test_the_lab_finds_the_course_that_the_wheel_brought(elsewhere):
     code = "from dsv3lib.course.lab import INSTALLED, FIRST; assert (INSTALLED / FIRST).is_file()"
     done = run(elsewhere, "python", "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_shipped_checkpoint_is_found_there_offline_or_its_absence_is_told(elsewhere):
+    """The expected answer follows from what git tracks: with the weights the model, without them the way out."""
+    shipped = ROOT / "data" / "checkpoints" / "tiny-v3" / "model.safetensors" in tracked()
+    code = """
+from dsv3lib import DeepSeekV3
+from dsv3lib.errors import CheckpointError
+try:
+    print("found", DeepSeekV3.from_pretrained("tiny-v3").config.num_hidden_layers)
+except CheckpointError as error:
+    print("missing", error)
+"""
+    done = run(elsewhere, "python", "-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
+    if shipped:
+        assert done.stdout.strip() == "found 12"
+    else:
+        assert done.stdout.startswith("missing tiny-v3:") and "make checkpoint" in done.stdout

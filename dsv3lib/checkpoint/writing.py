@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 _OURS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|" + re.escape(INDEX))
 
 
-def save(model: DeepSeekV3, folder: str | Path, max_shard_bytes: int = 5 * 10**9, fp8: bool = False) -> None:
+def save(
+    model: DeepSeekV3,
+    folder: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+    fp8: bool = False,
+    mtp_copies: bool = True,
+) -> None:
     """Write ``config.json``, safetensors and, where the model came with one, ``generation_config.json``.
 
     transformers, vLLM and this library read them.
@@ -45,6 +51,8 @@ def save(model: DeepSeekV3, folder: str | Path, max_shard_bytes: int = 5 * 10**9
         folder: made if need be; files of others in it stay.
         max_shard_bytes: size of a file before the next is begun.
         fp8: store attention, dense and expert matrices in E4M3 with a scale per 128 x 128 block, as released.
+        mtp_copies: store the MTP modules' copies of embedding and head, as released. Without them the file is
+            smaller; this library, and transformers, which drops the modules, read it as well.
 
     Raises:
         SaveError: the disk is full or the folder cannot be written; earlier files are intact.
@@ -54,7 +62,7 @@ def save(model: DeepSeekV3, folder: str | Path, max_shard_bytes: int = 5 * 10**9
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        written = [*_write_tensors(model, unfinished, max_shard_bytes, fp8), "config.json"]
+        written = [*_write_tensors(model, unfinished, max_shard_bytes, fp8, mtp_copies), "config.json"]
         config = model.config.to_dict() | {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
         if fp8:
             config["quantization_config"] = {
@@ -81,10 +89,12 @@ def save(model: DeepSeekV3, folder: str | Path, max_shard_bytes: int = 5 * 10**9
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_tensors(model: DeepSeekV3, folder: Path, limit: int, fp8: bool) -> list[str]:
+def _write_tensors(
+    model: DeepSeekV3, folder: Path, limit: int, fp8: bool, mtp_copies: bool
+) -> list[str]:
     """Write all safetensors, and the index where they are several; the files' names, the index last."""
     state = model.state_dict()
-    names = [e for e in [*entries(model), *copies(model.config)] if e.target in state]
+    names = [e for e in [*entries(model), *(copies(model.config) if mtp_copies else ())] if e.target in state]
     count = sum(1 for _ in _shards(model.config, state, names, limit, fp8, count_only=True))
     weight_map: dict[str, str] = {}
     written, total = [], 0

@@ -20,6 +20,7 @@ from ..config import ModelConfig
 from ..devices import HELP, find_device
 from ..errors import CheckpointError, InputError
 from ..model import DeepSeekV3
+from ..shipped import checkpoint_folder, refuse_foreign_tokenizer
 from ..terminal import plain_console
 from ..training.run.folder import MODEL_FOLDER
 from ..training.run.save_point import damaged, is_save_point, latest_savepoint
@@ -120,7 +121,7 @@ def find_checkpoint(place: str | Path | None) -> Path:
     """The model's folder at ``place``: itself, or of a run the finished model, else the newest save point.
 
     Args:
-        place: by default the run under ``runs/`` that has saved last.
+        place: a folder or a shipped checkpoint's name; by default the run under ``runs/`` that has saved last.
 
     Raises:
         CheckpointError: there is none.
@@ -132,7 +133,7 @@ def find_checkpoint(place: str | Path | None) -> Path:
                 f"no folder was given, and {RUNS}/ holds no trained model; train one: dsv3 train --minutes 2"
             )
         return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
-    place = Path(place)
+    place = checkpoint_folder(place)
     found = _checkpoint_in(place)
     if found is not None:
         return found
@@ -164,9 +165,11 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
             "trained with into its folder"
         )
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
         raise CheckpointError(f"{path}: is not a tokenizer of the `tokenizers` library: {error}") from error
+    refuse_foreign_tokenizer(folder, tokenizer.to_str())
+    return tokenizer
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, config: ModelConfig) -> torch.Tensor:

@@ -29,6 +29,7 @@ from ..layers.router import Router
 from ..layers.step import Step
 from ..linear import PLAIN, Linear, PlainRecipe, set_recipe
 from ..recompute import Recompute
+from ..shipped import checkpoint_folder
 from .inputs import IGNORED, check_inputs
 from .loss import LossWeights, add_losses
 from .outputs import ModelOutput
@@ -305,7 +306,11 @@ class DeepSeekV3(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> DeepSeekV3:
-        """Read a folder in Hugging Face's form, FP8 files too; see ``checkpoint.load``."""
+        """Read a folder in Hugging Face's form, FP8 files too, or a shipped checkpoint by its name ("tiny-v3").
+
+        See ``checkpoint.load`` and ``shipped.checkpoint_folder``.
+        """
+        folder = checkpoint_folder(folder)
         with torch.device("meta"):
             model = cls(checkpoint.read_config(folder))
         checkpoint.load(model, folder, dtype=dtype, device=device)

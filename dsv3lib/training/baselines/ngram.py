@@ -96,7 +96,8 @@ class KneserNey:
             found = _lookup(table.keys, contexts, tokens, self.vocab_size)
             known = contexts >= 0
             known[known] &= table.total[contexts[known]] > 0
-            count = np.where(found >= 0, table.count[np.maximum(found, 0)], 0.0)
+            count = np.zeros(len(tokens))
+            count[found >= 0] = table.count[found[found >= 0]]
             kept = np.maximum(count - _discount_of(table.discount, count), 0.0)
             context = contexts[known]
             p[known] = kept[known] / table.total[context] + table.backoff[context] * p[known]
@@ -138,8 +139,8 @@ def _table(keys: np.ndarray, count: np.ndarray, contexts: int, vocab_size: int) 
     discount = _discounts(count)
     context = keys // vocab_size
     taken = np.minimum(_discount_of(discount, count), count)
-    total = np.bincount(context, weights=count, minlength=contexts)
-    mass = np.bincount(context, weights=taken, minlength=contexts)
+    total = np.bincount(context, weights=count, minlength=contexts).astype(np.float64)  # int where empty
+    mass = np.bincount(context, weights=taken, minlength=contexts).astype(np.float64)
     return _Table(keys, count, discount, total, mass / np.maximum(total, 1e-300))
 
 
@@ -163,6 +164,8 @@ def _discount_of(discount: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _lookup(keys: np.ndarray, contexts: np.ndarray, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Number of each n-gram in its table, -1 where it (or its context) was never seen."""
+    if not len(keys):
+        return np.full(len(tokens), -1, dtype=np.int64)
     wanted = contexts * vocab_size + tokens
-    at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-    return np.where((contexts >= 0) & (len(keys) > 0) & (keys[at] == wanted), at, -1)
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where((contexts >= 0) & (keys[at] == wanted), at, -1)

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...config import ModelConfig
-from ...errors import Dsv3Error
+from ...errors import ConfigError, Dsv3Error
 from ...model import DeepSeekV3
 from ..loop.settings import TrainingConfig
 from ..loop.trainer import Record, Trainer
@@ -31,34 +31,50 @@ from ..text.tokenizer import Tokenizer, train_tokenizer
 from . import folder as run_folder
 
 PRESET = "tiny-v3"
-DEFAULT_MINUTES = 100
+DEFAULT_MINUTES = 60
 MOST_TOKENS = 12_000_000
 """More than any run by the clock reads here: the length that the mixture's cap on passes reckons with."""
 CONSTANT_SHARE = 0.7
-SEQUENCE_LENGTH = 256
+SEQUENCE_LENGTH, BATCH_SIZE, WARMUP_STEPS = 256, 4, 50
 SEED = 0
+EXIT_INTERRUPTED = 130
 _LINE_EVERY = 25  # steps
 
 
 def settings(
-    minutes: float | int | None = None, tokens: int | None = None, threads: int = 1
+    minutes: float | int | None = None,
+    tokens: int | None = None,
+    threads: int = 1,
+    decay_after: int | None = None,
 ) -> TrainingConfig:
     """The run's recipe; only its length and the number of threads are free.
 
     The learning rate is constant for seven tenths of the run and falls to zero by a cosine: of the time, where
     minutes are given (the length is decided when the fall begins), else of the tokens.
+
+    Args:
+        minutes, tokens: the length, one of them; an hour by default. threads: torch's.
+        decay_after: with tokens, the last step of the constant phase, to repeat a run that the clock has ended.
+
+    Raises:
+        ConfigError: ``decay_after`` without tokens, or outside the run.
     """
-    length: dict[str, Any] = {
-        "tokens": tokens,
-        "constant_share": CONSTANT_SHARE,
-        "cosine_share": 1 - CONSTANT_SHARE,
-    }
+    constant = CONSTANT_SHARE
+    if decay_after is not None:
+        steps = -(-(tokens or 0) // (BATCH_SIZE * SEQUENCE_LENGTH))
+        if not WARMUP_STEPS <= decay_after < steps:
+            raise ConfigError(
+                f"decay_after: {decay_after}, expected a step from {WARMUP_STEPS} to the run's {steps}, and tokens"
+            )
+        constant = (decay_after - WARMUP_STEPS) / (steps - WARMUP_STEPS)
+    length: dict[str, Any] = {"tokens": tokens, "constant_share": constant, "cosine_share": 1 - constant}
     if tokens is None:
         length = {"minutes": minutes or DEFAULT_MINUTES, "decide_at": CONSTANT_SHARE, "constant_share": 0.0,
                   "cosine_share": 1.0}  # fmt: skip
     return TrainingConfig(
         **length, seed=SEED, threads=threads,
-        batch_size=4, batch_size_start=4, batch_warmup_steps=0, learning_rate=2e-3, warmup_steps=50,
+        batch_size=BATCH_SIZE, batch_size_start=BATCH_SIZE, batch_warmup_steps=0,
+        learning_rate=2e-3, warmup_steps=WARMUP_STEPS,
         rest_share=0.0, rest_ratio=0.0, tail_ratio=0.0, weight_decay=0.1,
         mtp_loss_weight=0.3, mtp_loss_weight_late=0.3, bias_speed=1e-2, aux_loss_alpha=1e-4,
         ema_decay=0.0, checkpoint_every=200, validation_batches=10,
@@ -76,36 +92,39 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     return config.replace(first_k_dense_replace=n, intermediate_size=width)
 
 
-def trainer(
-    out: Path,
-    minutes: float | int | None = None,
-    tokens: int | None = None,
-    threads: int = 1,
-    dense: bool = False,
-) -> Trainer:
+def trainer(out: Path, config: TrainingConfig | None = None, dense: bool = False) -> Trainer:
     """The trainer of a new run in ``out``, or of the run that is there already.
 
     Args:
-        out: the run's folder. minutes, tokens: the run's length, see ``settings``. threads: of torch.
+        out: the run's folder. config: of ``settings``; by default that of the run that is there, or its defaults.
         dense: the dense twin instead.
 
     Raises:
         Dsv3Error: the text is not there, or ``out`` holds another run.
     """
     resume = out.exists()
+    if config is None:
+        config = run_folder.recorded_config(run_folder.read_run(out)) if resume else settings()
     domains = builtin_domains(text="full", seed=SEED)
-    config = ModelConfig.preset(PRESET)
+    shape = ModelConfig.preset(PRESET)
     tokenizer = (
         Tokenizer.from_pretrained(out / run_folder.TOKENIZER_FOLDER)
         if resume
-        else train_tokenizer(domains, config.vocab_size, seed=SEED)
+        else train_tokenizer(domains, shape.vocab_size, seed=SEED)
     )
     stream = PackedStream(domains, tokenizer, SEQUENCE_LENGTH, seed=SEED, weights=FULL_WEIGHTS)
-    for note in cap_passes(stream, tokens or MOST_TOKENS):
+    for note in cap_passes(stream, max(config.tokens or 0, MOST_TOKENS)):
         print(f"note: {note}", flush=True)
-    model = DeepSeekV3(dense_twin(config) if dense else config, generator=torch.Generator().manual_seed(SEED))
+    model = DeepSeekV3(dense_twin(shape) if dense else shape, generator=torch.Generator().manual_seed(SEED))
     source = {"data": None, "without": [], "text": "full"}
-    return Trainer(model, stream, settings(minutes, tokens, threads), out=out, resume=resume, source=source)
+    return Trainer(model, stream, config, out=out, resume=resume, source=source)
+
+
+def train(out: Path, config: TrainingConfig | None = None, dense: bool = False) -> bool:
+    """Train to the end, or go on; a line every 25 steps. True when the run is finished, False when interrupted."""
+    run = trainer(out, config, dense)
+    run.run([_tell], progress=sys.stderr.isatty())
+    return run.finished
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,17 +133,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / PRESET, help="the run's folder")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help=f"the run's length ({DEFAULT_MINUTES})")
-    length.add_argument("--tokens", type=int, help="the run's length in tokens, to repeat a run exactly")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads, part of the run")
+    length.add_argument("--tokens", type=int, help="the run's length in tokens")
+    parser.add_argument(
+        "--decay-after", type=int, metavar="STEP", help="with --tokens: last step of the constant phase, to repeat a "
+        "run by the clock exactly",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, help="torch's threads, part of the run (1)")
     parser.add_argument("--dense", action="store_true", help="the dense twin of equal active parameters")
     options = parser.parse_args(arguments)
+    given = {name: getattr(options, name) for name in ("minutes", "tokens", "threads", "decay_after")}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        run = trainer(options.out, options.minutes, options.tokens, options.threads, options.dense)
-        run.run([_tell], progress=sys.stderr.isatty())
+        return (
+            0 if train(options.out, settings(**given) if given else None, options.dense) else EXIT_INTERRUPTED
+        )
     except Dsv3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if run.finished else 130
 
 
 def _tell(run: Trainer, record: Record) -> None:

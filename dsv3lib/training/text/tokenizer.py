@@ -11,7 +11,6 @@ Run as a program it trains and saves one: ``python -m dsv3lib.training.text.toke
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import dsv3lib
 from dsv3lib.errors import DataError, InputError, SaveError
 from dsv3lib.files import write_whole
+from dsv3lib.shipped import tokenizer_fingerprint
 from dsv3lib.training.text.domains import DEFAULT_WEIGHTS, Domain, builtin_domains
 from dsv3lib.training.text.folder import open_domains
 from dsv3lib.training.text.order import DocumentOrder, Split
@@ -119,7 +119,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Short hash of the vocabulary and merges."""
-        return hashlib.blake2b(self.backend.to_str().encode(), digest_size=8).hexdigest()
+        return tokenizer_fingerprint(self.backend.to_str())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, each by renaming.
