@@ -262,7 +262,7 @@ def test_rope_settings_of_another_kind_are_refused_in_the_constructor() -> None:
 
 
 def test_an_unknown_preset_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"'huge'.*nano, tiny, v3-671b"):
+    with pytest.raises(ConfigError, match=r"'huge'.*nano, tiny, tiny-v3, v3-671b"):
         ModelConfig.preset("huge")
 
 
