@@ -57,20 +57,19 @@ T = {
     19: 2.09,
     23: 2.07,
 }
-PARTS = ("weights", "runs", "dense", "tiny", "more")
 PLAN: dict[str, dict[str, Any]] = {
     "weights": {"preset": "nano", "steps": 300, "every": 10, "batch": 4, "seq_len": 64},
     "outliers": {"preset": "nano", "steps": 200, "batch": 16, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 1e6)},
     "weights tiny": {"preset": "tiny", "steps": 60, "every": 20, "batch": 4, "seq_len": 64},
-    "runs": {"preset": "nano", "seeds": 16, "steps": 60, "arms": ("jitter", "tile", "two bits")},
-    "dense": {"preset": "nano", "seeds": 16, "steps": 60, "dense": True, "arms": ("jitter", "tile")},
-    "more": {
+    "runs": {"preset": "nano", "seeds": 16, "steps": 60, "arms": ("jitter", "tile")},
+    "controls": {
         "preset": "nano",
-        "seeds": 16,
-        "steps": 100,
-        "arms": ("one bit", "tile+block_gradients", "tensor"),
+        "seeds": 8,
+        "steps": 60,
+        "arms": ("one bit", "two bits", "tile+block_gradients"),
     },
-    "tiny": {"preset": "tiny", "seeds": 4, "steps": 40, "arms": ("jitter", "tile", "two bits")},
+    "dense": {"preset": "nano", "seeds": 16, "steps": 60, "dense": True, "arms": ("jitter", "tile")},
+    "tiny": {"preset": "tiny", "seeds": 3, "steps": 40, "arms": ("jitter", "tile")},
 }
 BATCH, SEQ_LEN = 4, 64
 
@@ -194,7 +193,7 @@ def run_part(
     name: str, plan: dict[str, Any], text: Text, results: dict[str, Any], save: Callable[[], None]
 ) -> None:
     """One part, seed by seed; what stands in the results already is not made again."""
-    store = "runs" if name == "more" else name
+    store = "runs" if name == "controls" else name
     runs = results.setdefault(store, {}).setdefault("losses", {})
     config = config_of(plan["preset"], text.tokenizer.vocab_size, plan.get("dense", False))
     for seed in range(plan["seeds"]):

@@ -33,12 +33,15 @@ class PlainRecipe:
         name: as ``model.explain()`` shows it.
         plain: whether products are x Wᵀ in the operands' dtype, so that a faster form of them may stand in.
         absorbs: whether attention may take W_UK and W_UV apart and multiply in another order.
+        keeps_gate: whether it keeps SwiGLU's two inputs for backward instead of its output (paper §3.3.3): it then has
+            ``forward_gated`` and ``gate_gradients`` as well.
         later: where weight gradients wait, or ``None`` where they are made at once.
     """
 
     name = "none"
     plain = True
     absorbs = True
+    keeps_gate = False
     later: WeightGradients | None = None
 
     def at(self, name: str) -> PlainRecipe:
@@ -49,6 +52,9 @@ class PlainRecipe:
                 stack of experts ("model.layers.3.mlp.experts.down_proj").
         """
         return self
+
+    def refuse(self, device: torch.device) -> None:
+        """Raise where this recipe cannot run on a device; a plain one runs everywhere."""
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, counts: Tensor | None = None
@@ -66,9 +72,7 @@ class PlainRecipe:
         """∂L/∂y, made ready once for both products of the backward pass."""
         return grad
 
-    def input_gradient(
-        self, grad: Any, weight: Tensor, kept: Kept, counts: Tensor | None = None
-    ) -> Tensor:
+    def input_gradient(self, grad: Any, weight: Tensor, kept: Kept, counts: Tensor | None = None) -> Tensor:
         """∂L/∂x = ∂L/∂y W ("Dgrad").
 
         Args:
@@ -85,9 +89,7 @@ class PlainRecipe:
             torch.mm(g, w, out=out)
         return grad_x
 
-    def weight_gradient(
-        self, grad: Any, kept: Kept, weight: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, grad: Any, kept: Kept, weight: Tensor, counts: Tensor | None = None) -> Tensor:
         """∂L/∂W = ∂L/∂yᵀ x ("Wgrad"); arguments as for ``input_gradient``."""
         (x,) = kept
         if counts is None:
@@ -145,6 +147,34 @@ def stacked_linear(
     if counts is None and type(recipe) is PlainRecipe:
         return x @ weight.mT
     return _Product.apply(_as_autocast(x), _as_autocast(weight), None, counts, recipe)
+
+
+def gated_linear(
+    gate: Float[Tensor, "*N I"],
+    up: Float[Tensor, "*N I"],
+    weight: Float[Tensor, "*E O I"],
+    counts: Int[Tensor, " E"] | None = None,
+    recipe: PlainRecipe = PLAIN,
+) -> Float[Tensor, "*N O"]:
+    """(silu(gate) ⊙ up) Wᵀ: SwiGLU and the product behind it, the last half of an MLP or of all experts.
+
+    Args:
+        gate: what opens; any leading dimensions, without ``counts``.
+        up: what passes.
+        weight: W, or a stack of one for each expert.
+        counts: rows of each expert, of a stack.
+        recipe: how the product is made, and what is kept of its input.
+    """
+    if recipe.keeps_gate:
+        gate, up, weight = (_as_autocast(t) for t in (gate, up, weight))
+        rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
+        return _GatedProduct.apply(*rows, weight, counts, recipe).unflatten(0, gate.shape[:-1])
+    hidden = F.silu(gate) * up
+    return (
+        linear(hidden, weight, None, recipe)
+        if counts is None
+        else stacked_linear(hidden, weight, counts, recipe)
+    )
 
 
 class Linear(nn.Linear):
@@ -230,6 +260,9 @@ class DeferredWeightGradients(PlainRecipe):
         self.recipe = recipe
         self.later = WeightGradients() if queue is None else queue
         self.name, self.plain, self.absorbs = recipe.name, recipe.plain, recipe.absorbs
+        self.keeps_gate = recipe.keeps_gate
+        if recipe.keeps_gate:
+            self.forward_gated, self.gate_gradients = recipe.forward_gated, recipe.gate_gradients
         self.forward, self.gradient = recipe.forward, recipe.gradient
         self.input_gradient, self.weight_gradient = recipe.input_gradient, recipe.weight_gradient
 
@@ -271,6 +304,36 @@ class _Product(torch.autograd.Function):
             else:
                 recipe.later.put(ctx.leaf, product)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+class _GatedProduct(torch.autograd.Function):
+    """As ``_Product``, from SwiGLU's inputs on."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, counts, recipe):
+        y, kept = recipe.forward_gated(gate, up, weight, counts)
+        ctx.save_for_backward(weight, counts, *kept)
+        ctx.recipe = recipe
+        ctx.leaf = weight if recipe.later is not None and weight.is_leaf and weight.requires_grad else None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, counts, *kept = ctx.saved_tensors
+        recipe, kept = ctx.recipe, tuple(kept)
+        grad_gate = grad_up = grad_weight = None
+        ready = recipe.gradient(grad.contiguous(), counts)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            hidden = recipe.input_gradient(ready, weight, kept, counts)
+            grad_gate, grad_up = recipe.gate_gradients(hidden, kept)
+        if ctx.needs_input_grad[2]:
+            product = partial(recipe.weight_gradient, ready, kept, weight, counts)
+            if ctx.leaf is None:
+                grad_weight = product()
+            else:
+                recipe.later.put(ctx.leaf, product)
+        return grad_gate, grad_up, grad_weight, None, None
 
 
 def _as_autocast(x: Tensor | None) -> Tensor | None:

@@ -157,6 +157,7 @@ def is_one_token(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> 
     return (
         x.shape[0] == x.shape[1] == 1
         and step.cache is not None
+        and step.cache.format == "model"
         and step.lengths is None
         and not torch.is_grad_enabled()
         and absorbed_is_cheaper(config, 1, len(step.cache) + 1)

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.attention.latent_format import dequantize_latent, quantize_latent
+from ..layers.cache import LatentCodec
 from ..layers.operations import Operations
 
 NOTHING: frozenset[nn.Module] = frozenset()
@@ -28,6 +30,7 @@ class Chosen(Operations):
         decoding: the same in the latent space.
     """
 
+    latent_codec = LatentCodec(quantize_latent, dequantize_latent)
     dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     replaces: ClassVar[Mapping[type[nn.Module], str]] = MappingProxyType({})
     attention: ClassVar[tuple[str, str]] = ("plain", "torch's scaled_dot_product_attention")

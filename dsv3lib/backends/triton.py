@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..kernels.attention.latent_format import TILE
 from ..kernels.attention.mla_decode import PAGE
 from ..kernels.elementwise.gated import swiglu
 from ..kernels.elementwise.latent import norm_and_turn
@@ -15,6 +16,7 @@ from ..kernels.elementwise.rotary import rope
 from ..kernels.matmul.grouped_gemm import grouped_gemm
 from ..kernels.moe.gate_kernel import gate
 from ..kernels.moe.permutation import permute, unpermute
+from ..layers.cache import LatentCache
 from ..layers.experts import Experts, Visits
 from ..layers.norm import RMSNorm
 from ..layers.operations import Dispatched
@@ -68,8 +70,15 @@ class Triton(Chosen):
 
     # ---- attention -----------------------------------------------------------------------------------
 
+    def reads_cache(self, n_new: int, absorb: bool, cache: LatentCache) -> bool:
+        """The decoding kernel multiplies FP8 latents by their scales on the way, where whole tiles lie in a row."""
+        whole = cache.config.kv_lora_rank % TILE == 0
+        return absorb and whole and n_new <= triton_attention.MOST and not torch.is_grad_enabled()
+
     def absorbed(self, attention: nn.Module, q: Tensor, latents: Tensor, step: Step) -> Tensor:
         """Decoding over the cache's pages, for few new tokens without a gradient; else over keys and values."""
+        if step.cache.format == "fp8" and not self.reads_cache(q.shape[2], True, step.cache):
+            return self.expanded(attention, q, latents, step)
         if not triton_attention.decodes(q):
             return self.expanded(attention, q, latents, step)
         cfg = attention.config
@@ -87,7 +96,9 @@ class Triton(Chosen):
         cfg = attention.config
         c_kv, k_rope = latents.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         kv = run(step.recompute, attention.kv_b_proj, c_kv).flatten(0, 1)
-        k, v = kv.unflatten(-1, (cfg.num_attention_heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
+        k, v = kv.unflatten(-1, (cfg.num_attention_heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], -1
+        )
         totals = None if step.mask is None else step.totals
         return triton_attention.expanded(q, k, v, k_rope.flatten(0, 1), totals, cfg.softmax_scale)
 

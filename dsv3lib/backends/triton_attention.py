@@ -17,11 +17,12 @@ from ..kernels.attention.mla_decode import MOST_NEW, mla_decode
 from ..kernels.attention.mla_prefill import mla_prefill
 
 MOST_CALLS = 4  # of the decoding kernel for one call's new tokens; beyond, expanding is the better way
+MOST = MOST_CALLS * MOST_NEW  # new tokens
 
 
 def decodes(q: Float[Tensor, "B H T QK"]) -> bool:
     """Whether the decoding kernel takes these queries: it is made for few, and keeps no gradient."""
-    return q.shape[2] <= MOST_CALLS * MOST_NEW and not (torch.is_grad_enabled() and q.requires_grad)
+    return q.shape[2] <= MOST and not (torch.is_grad_enabled() and q.requires_grad)
 
 
 def attend_to_pages(

@@ -42,9 +42,7 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             self.q_a_proj = Linear(d, config.q_lora_rank, bias=bias)  # W_DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = Linear(
-                config.q_lora_rank, heads * config.qk_head_dim, bias=False
-            )  # W_UQ, W_QR
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)  # W_UQ, W_QR
         self.kv_a_proj_with_mqa = Linear(d, config.latent_dim, bias=bias)  # W_DKV, W_KR
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
         kv_width = config.qk_nope_head_dim + config.v_head_dim
@@ -54,15 +52,13 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], step: Step) -> Float[Tensor, "B T D"]:
         """Attend to this call's tokens and, with a cache, to all before them."""
         compute = step.backend
-        latents = self.latents(x, step)
+        latents, absorb = self.latents(x, step), False
         if step.cache is not None:
-            latents = step.cache.append(self.layer, latents, step.lengths)
+            n_total = len(step.cache) + x.shape[1]
+            absorb = absorbed_is_cheaper(self.config, x.shape[1], n_total) and compute.may_absorb(self)
+            read = not compute.reads_cache(x.shape[1], absorb, step.cache)
+            latents = step.cache.append(self.layer, latents, step.lengths, read)
         q = self.queries(x, step)
-        absorb = (
-            step.cache is not None
-            and absorbed_is_cheaper(self.config, x.shape[1], latents.shape[1])
-            and compute.may_absorb(self)
-        )
         heads = (compute.absorbed if absorb else compute.expanded)(self, q, latents, step)
         return self.o_proj(heads.flatten(2))
 

@@ -6,6 +6,9 @@ For V3 that is 512 + 64 values, 70,272 bytes a token over 61 layers in BF16, whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +16,19 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CacheError, ContextLengthError
+
+FORMATS = ("model", "fp8")
+
+
+class LatentCodec(NamedTuple):
+    """The FP8 form of cached latents, written and read by a backend.
+
+    Args:
+        encode: (latents [..., C + R], C) -> bytes [..., width]. decode: (bytes, C, dtype) -> latents.
+    """
+
+    encode: Callable[[Tensor, int], Tensor]
+    decode: Callable[[Tensor, int, torch.dtype], Tensor]
 
 
 class LatentCache:
@@ -25,13 +41,24 @@ class LatentCache:
         config: the model's configuration.
         mtp: also room for the MTP modules' blocks (used by speculative decoding).
         capacity: tokens to reserve at the start; grows by itself.
+        format: "model" keeps the dtype that the latents come in; "fp8" keeps E4M3 with an FP32 scale per 128 values
+            and the rotary key in BF16, 656 bytes a token and layer at V3's sizes, of BF16's 1152.
 
     Attributes:
         config: the ModelConfig. lengths: Int64 [B] on the CPU, tokens held per row.
+
+    Raises:
+        CacheError: there is no such format.
     """
 
-    def __init__(self, config: ModelConfig, mtp: bool = False, capacity: int = 64) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, mtp: bool = False, capacity: int = 64, format: str = "model"
+    ) -> None:
+        if format not in FORMATS:
+            raise CacheError(f"format is {format!r}, expected one of {', '.join(map(repr, FORMATS))}")
+        self.config, self.format = config, format
+        self._codec: LatentCodec | None = None
+        self._dtype: torch.dtype | None = None  # of the latents that an FP8 cache was given
         self.n_layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
         self.lengths: Int[Tensor, " B"] = torch.zeros(0, dtype=torch.int64)
         self._first_capacity = capacity
@@ -62,7 +89,12 @@ class LatentCache:
         return sum(b.numel() * b.element_size() for b in self._buffers if b is not None)
 
     def plan(
-        self, batch: int, new: int, lengths: Int[Tensor, " B"] | None = None, page: int = 1
+        self,
+        batch: int,
+        new: int,
+        lengths: Int[Tensor, " B"] | None = None,
+        page: int = 1,
+        codec: LatentCodec | None = None,
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Check that ``new`` tokens a row fit; returns each row's length before and after this call.
 
@@ -71,11 +103,17 @@ class LatentCache:
             new: tokens of this call.
             lengths: valid ones of each row; ``None`` means all.
             page: buffers made from now on have room for a whole number of so many tokens.
+            codec: the backend's, for a cache in FP8.
 
         Raises:
-            CacheError: another batch size than the cache was begun with.
+            CacheError: another batch size than the cache was begun with; a backend that has no FP8 form.
             ContextLengthError: past ``max_position_embeddings``; nothing has been written.
         """
+        if self.format == "fp8" and codec is None:
+            raise CacheError(
+                "the backend of this model has no FP8 latents; begin a LatentCache with format='model'"
+            )
+        self._codec = codec
         before = self.lengths if self.lengths.numel() else torch.zeros(batch, dtype=torch.int64)
         if before.numel() != batch:
             raise CacheError(
@@ -93,7 +131,11 @@ class LatentCache:
         return before, after
 
     def append(
-        self, layer: int, latent: Float[Tensor, "B T latent"], lengths: Int[Tensor, " B"] | None = None
+        self,
+        layer: int,
+        latent: Float[Tensor, "B T latent"],
+        lengths: Int[Tensor, " B"] | None = None,
+        read: bool = True,
     ) -> Float[Tensor, "B S latent"]:
         """Store a layer's new tokens behind those held and return all of them; ``advance`` ends the step.
 
@@ -101,11 +143,26 @@ class LatentCache:
             layer: index of the block; MTP modules count on from the last layer.
             latent: normalised latent beside the rotated shared key, [c_kv; k_rope].
             lengths: valid tokens per row of ``latent``; ``None`` means all.
+            read: false where what is stored in FP8 will be read from ``pages``.
 
         Returns:
-            A view of the buffer, old tokens and new; past a row's own end it holds zeros or padding.
+            A view of the buffer, old tokens and new, or of an FP8 one its decoded copy; past a row's own end it holds
+            zeros or padding. ``latent`` itself where nothing is to be read.
         """
         latent = latent.detach()
+        if self.format == "fp8":
+            return self._append_fp8(layer, latent, read)
+        return self._append(layer, latent)
+
+    def _append_fp8(self, layer: int, latent: Tensor, read: bool) -> Tensor:
+        if self._dtype not in (None, latent.dtype):
+            raise CacheError(f"the cache was begun with {self._dtype}, got {latent.dtype}")
+        self._dtype = latent.dtype
+        rank = self.config.kv_lora_rank
+        stored = self._append(layer, self._codec.encode(latent, rank))
+        return self._codec.decode(stored, rank, latent.dtype) if read else latent
+
+    def _append(self, layer: int, latent: Tensor) -> Tensor:
         batch, new = latent.shape[:2]
         start = self._length
         end = start + new
@@ -122,7 +179,7 @@ class LatentCache:
         # Masked positions get a weight of 0, but 0 x NaN would still be NaN.
         first = int(self.lengths.min()) + new
         stale = torch.arange(first, end, device=latent.device) >= columns[:, -1:] + 1
-        buffer[:, first:end].masked_fill_(stale[..., None], 0.0)
+        buffer[:, first:end].masked_fill_(stale[..., None], 0)
         return buffer[:, :end]
 
     def append_one(self, layer: int, like: Float[Tensor, "1 1 latent"]) -> Float[np.ndarray, "S latent"]:
@@ -140,9 +197,7 @@ class LatentCache:
             buffer = self._grow(layer, like, end)
         return buffer.numpy()[0, :end]
 
-    def pages(
-        self, layer: int
-    ) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
+    def pages(self, layer: int) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
         """A layer's buffer as a paged kernel reads it: pages (see ``plan``), and which are whose, without a copy.
 
         Args:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import ModelConfig
-from ..linear import PLAIN, Linear, PlainRecipe, stacked_linear
+from ..intact import why_touched
+from ..linear import PLAIN, Linear, PlainRecipe, gated_linear, stacked_linear
 from .router import Router
 
 
@@ -47,7 +48,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         """The same for each token."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if why_touched(self.down_proj, (Linear,)) is None and self.down_proj.recipe.keeps_gate:
+            return gated_linear(gate, up, self.down_proj.weight, None, self.down_proj.recipe)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Experts(nn.Module):
@@ -92,7 +96,7 @@ class Experts(nn.Module):
             counts: rows of each expert.
         """
         gate, up = stacked_linear(rows, self.gate_up_proj, counts, self.gate_up_recipe).chunk(2, -1)
-        return stacked_linear(F.silu(gate) * up, self.down_proj, counts, self.down_recipe)
+        return gated_linear(gate, up, self.down_proj, counts, self.down_recipe)
 
 
 class Visits(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..intact import why_touched
 from ..linear import Linear
+from .cache import LatentCache, LatentCodec
 from .experts import Experts, Visits, combine, dispatch, sort_by_expert
 from .rope import apply_rope
 from .scaled_attention import scaled_attention
@@ -43,10 +44,16 @@ class Operations:
     Attributes:
         name: the backend's.
         page: buffers of the latent cache are rounded up to whole numbers of so many tokens.
+        latent_codec: writes and reads a cache's latents in FP8; ``None`` where nothing can.
     """
 
     name = "plain"
     page = 1
+    latent_codec: LatentCodec | None = None
+
+    def reads_cache(self, n_new: int, absorb: bool, cache: LatentCache) -> bool:
+        """Whether attention takes the latents out of an FP8 cache itself, so that none need be decoded for it."""
+        return False
 
     def intact(self, module: nn.Module, kind: type[nn.Module]) -> bool:
         """Whether a module is exactly of its class, so that it need not be called."""

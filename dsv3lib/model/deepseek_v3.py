@@ -188,11 +188,12 @@ class DeepSeekV3(nn.Module):
         """
         batch, n_new = input_ids.shape
         like = self.model.embed_tokens.weight if like is None else like
+        self.recipe.refuse(like.device)
         compute = self.choice.backend(self, like, mtp)
         if cache is None:
             recompute = Recompute() if self.recompute and torch.is_grad_enabled() else None
             return Step(self.rope.table(n_new, like), recompute=recompute, backend=compute)
-        before, _ = cache.plan(batch, n_new, lengths, compute.page)
+        before, _ = cache.plan(batch, n_new, lengths, compute.page, compute.latent_codec)
         n_total, totals = len(cache) + n_new, None
         if not cache.ragged:
             if compute.page > 1:

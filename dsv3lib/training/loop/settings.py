@@ -15,6 +15,7 @@ from typing import Any
 
 from ...checks import is_number, require, require_integer
 from ...errors import ConfigError
+from ...fp8.recipe import NAMES as RECIPES
 from .balance import DEFAULT_SPEED
 
 # Paper §4.2: 14.8T tokens in all; the learning rate is constant to 10T, falls by a cosine over 4.3T, rests at
@@ -51,6 +52,7 @@ class TrainingConfig:
             to the peak (0.1 and 0.033).
         beta1, beta2, epsilon, weight_decay, gradient_clip: of AdamW (0.9, 0.95, not stated, 0.1, 1.0).
         bf16_moments: keep AdamW's moments in BF16 as the paper does (§3.3.3); FP32 where memory is no worry.
+        fp8: recipe of the linear layers' products, "tile" the paper's (§3.3); ``None`` leaves the model's own.
         mtp_loss_weight, mtp_loss_weight_late: λ before and after the constant phase ends (0.3, 0.1).
         bias_speed: γ, until the cosine ends, 0 from then on (0.001; a short run needs more, see ``balance``).
         centre_bias: subtract the biases' mean after each update, so that they do not drift as a whole; not in the
@@ -89,6 +91,7 @@ class TrainingConfig:
     weight_decay: Number = 0.1
     gradient_clip: Number = 1.0
     bf16_moments: bool = False
+    fp8: str | None = None
     mtp_loss_weight: Number = 0.3
     mtp_loss_weight_late: Number = 0.1
     bias_speed: Number = DEFAULT_SPEED
@@ -157,6 +160,8 @@ class TrainingConfig:
         require(total <= 1 + 1e-12, " + ".join(shares), total, "at most 1 (they are shares of one run)")
         scopes = ("sequence", "batch")
         require(self.aux_loss_over in scopes, "aux_loss_over", self.aux_loss_over, " or ".join(scopes))
+        fits = self.fp8 is None or self.fp8 in RECIPES
+        require(fits, "fp8", self.fp8, f"null or one of {', '.join(RECIPES)}")
         for name in ("bf16_moments", "centre_bias"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 

@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import InputError, TrainingError
+from ...fp8 import Recipe
+from ...linear import set_recipe
 from ...model import DeepSeekV3
 from ..run import folder as run_folder
 from ..run import log as runlog
@@ -89,6 +91,10 @@ class Trainer:
         if self.config.aux_loss_alpha is not None:
             model.aux_loss_alpha = self.config.aux_loss_alpha
         model.aux_loss_over = self.config.aux_loss_over
+        if self.config.fp8 is not None:
+            model.recipe = Recipe.named(self.config.fp8)
+            set_recipe(model, model.recipe)
+        model.recipe.refuse(self.device)
         self.optimizer = AdamW(
             model.named_parameters(), self.config.beta1, self.config.beta2, self.config.epsilon,
             self.config.weight_decay, torch.bfloat16 if self.config.bf16_moments else torch.float32,

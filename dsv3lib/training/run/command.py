@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ...config import ModelConfig
 from ...devices import HELP, find_device
 from ...errors import ConfigError, DataError
+from ...fp8.recipe import NAMES as RECIPES
 from ...model import DeepSeekV3
 from ...terminal import plain_console
 from ..loop.balance import DEFAULT_SPEED, PAPER_SPEED, WAYS, balance_settings
@@ -46,7 +47,7 @@ _SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS, _TEMPERATURE = 3, 12, 48, 0.7
 # Which of the command's options are fields of TrainingConfig, under the same name.
 _TRAINING_OPTIONS = (
     "steps", "tokens", "minutes", "seed", "batch_size", "learning_rate", "warmup_steps", "bias_speed",
-    "aux_loss_alpha", "mtp_loss_weight", "checkpoint_every", "validate_every", "threads",
+    "aux_loss_alpha", "mtp_loss_weight", "checkpoint_every", "validate_every", "threads", "fp8",
 )  # fmt: skip
 
 
@@ -92,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--aux-loss-alpha", type=float, help="α of the balance loss")
     recipe.add_argument("--mtp-loss-weight", type=float, help="λ of the MTP loss (0.3)")
     recipe.add_argument("--seed", type=int, help="of weights and text (0)")
+    recipe.add_argument(
+        "--fp8",
+        choices=RECIPES,
+        help="recipe of the linear layers' products (none); tile is V3's, with BF16 moments",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="RUN", help="folder of the new run (runs/PRESET)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
@@ -147,6 +153,7 @@ def _begun(args: argparse.Namespace, console: Console) -> Trainer:
     if not {"steps", "tokens", "minutes"} & options.keys():
         options["minutes"] = DEFAULT_MINUTES
     options.setdefault("batch_size", DEFAULT_BATCH_SIZE)
+    options["bf16_moments"] = options.get("fp8", "none") != "none"
     if args.balance:
         options |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
     config = TrainingConfig(**options)

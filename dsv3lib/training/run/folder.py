@@ -48,6 +48,7 @@ def describe_run(
         "format": _FORMAT,
         "training": config.to_dict(),
         "model": model.config.to_dict(),
+        "recipe": model.recipe.name,
         "stream": stream.state_dict()["settings"],
         "domains": list(stream.domain_names),
         "source": source,
