@@ -19,6 +19,7 @@ from .shards import Stored
 
 SCALE_SUFFIX = "_scale_inv"
 FP8_BLOCK = 128
+E4M3 = torch.float8_e4m3fn
 
 
 def is_fp8_matrix(name: str) -> bool:
@@ -67,6 +68,39 @@ def read_weight(stored: Stored, name: str, block: int) -> Float[Tensor, "*shape"
             f"{stored.folder}: {name} does not fit its {name + SCALE_SUFFIX} ({error}); expected a scale per block of "
             f"{block} x {block}, as weight_block_size in config.json says"
         ) from error
+
+
+def read_fp8(
+    stored: Stored, name: str, check_finite: bool
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, "rows cols"]] | None:
+    """Values and scales as they lie in the file; ``None`` where the tensor is not FP8.
+
+    Args:
+        stored: the checkpoint's tensors. name: of a weight, in blocks of 128 x 128. check_finite: refuse NaN.
+
+    Raises:
+        CheckpointError: its scales are missing, of another shape, or no finite numbers above zero; it holds NaN.
+    """
+    values = stored.read(name)
+    if values.dtype != E4M3:
+        return None
+    if name + SCALE_SUFFIX not in stored:
+        raise CheckpointError(f"{stored.folder}: {name} is FP8 and its {name + SCALE_SUFFIX} is missing")
+    scales = exact_scales(stored, name + SCALE_SUFFIX)
+    expected = tuple(-(-n // FP8_BLOCK) for n in values.shape)
+    if tuple(scales.shape) != expected:
+        raise CheckpointError(
+            f"{stored.folder}: {name + SCALE_SUFFIX} has shape {tuple(scales.shape)}, expected {expected}, a scale per "
+            f"block of {FP8_BLOCK} x {FP8_BLOCK} of {name} {tuple(values.shape)}"
+        )
+    if check_finite and not bool(((scales > 0) & scales.isfinite()).all()):
+        raise CheckpointError(
+            f"{stored.folder}: {name + SCALE_SUFFIX} holds {float(scales.min())} to {float(scales.max())}, expected "
+            "finite numbers above zero; the file is damaged"
+        )
+    if check_finite and bool((values.view(torch.uint8) & 0x7F).eq(0x7F).any()):
+        raise CheckpointError(f"{stored.folder}: {name} holds NaN; the training run or the file is damaged")
+    return values, scales
 
 
 def exact_scales(stored: Stored, name: str) -> Float[Tensor, "*blocks"]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import ModelConfig
+from .block_scales import SCALE_SUFFIX
 
 if TYPE_CHECKING:
     from ..model import DeepSeekV3
@@ -54,8 +55,24 @@ def entries(model: DeepSeekV3) -> Iterator[Entry]:
         elif name.endswith("experts.down_proj"):
             for j in range(model.config.n_routed_experts):
                 yield Entry(f"{name.removesuffix('down_proj')}{j}.down_proj.weight", name, (j,))
+        elif name.endswith(SCALE_SUFFIX):
+            continue  # of a weight that is kept in FP8: it is read and written with its values
         elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             yield Entry(name, name)
+
+
+def scale_of(entry: Entry, state: dict[str, Tensor]) -> Tensor:
+    """Where a model that keeps its weights in FP8 holds the scales of a stored tensor: a view.
+
+    Args:
+        entry: of a weight. state: the model's ``state_dict``.
+    """
+    scales = state[entry.target + SCALE_SUFFIX]
+    if len(entry.at) < 2:
+        return scales[entry.at]
+    expert, rows = entry.at
+    half = scales.shape[1] // 2  # gate's blocks, then up's
+    return scales[expert, half:] if rows.start else scales[expert, :half]
 
 
 def copies(config: ModelConfig) -> Iterator[Entry]:

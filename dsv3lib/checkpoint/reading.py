@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
+from ..kernels import quantize_blocks
 from ..memory import allocate
-from .block_scales import SCALE_SUFFIX, block_size, read_weight
+from .block_scales import E4M3, FP8_BLOCK, SCALE_SUFFIX, block_size, read_fp8, read_weight
 from .generation_config import read_generation_config
-from .names import Entry, copies, entries, mtp_layers, reorder_rope, split_layer
+from .names import Entry, copies, entries, mtp_layers, reorder_rope, scale_of, split_layer
 from .shards import Stored, open_stored
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load(
         model: built from the folder's configuration.
         folder: holds safetensors, one file or sharded.
         dtype: of the parameters; by default that of the files (BF16 where they are FP8). The routing bias
-            stays FP32.
+            stays FP32, and so do weights that the model keeps in FP8 (``fp8.stored``) with their scales.
         device: where to.
         check_finite: refuse NaN and infinity.
 
@@ -88,11 +89,21 @@ def load(
         _make_real(model, dtype, device)
         state = model.state_dict()
         for entry in wanted.values():
+            place = state[entry.target][entry.at]
+            if place.dtype == E4M3 and model.config.rope_interleave and block == FP8_BLOCK:
+                found = read_fp8(stored, entry.name, check_finite)
+                if found is not None:
+                    place.copy_(found[0])
+                    scale_of(entry, state).copy_(found[1])
+                    continue
             tensor = _read_finite(stored, entry.name, block, check_finite)
             if not model.config.rope_interleave:
                 tensor = reorder_rope(model.config, entry.name, tensor, to_halves=False)
             with torch.no_grad():
-                state[entry.target][entry.at].copy_(tensor)
+                if place.dtype == E4M3:
+                    tensor, scales = quantize_blocks(tensor.float())
+                    scale_of(entry, state).copy_(scales)
+                place.copy_(tensor)
         for entry in extra.values():
             if entry.name in stored and not torch.equal(
                 state[entry.target].cpu(), _read_finite(stored, entry.name, block, check_finite).to(dtype)
@@ -113,7 +124,11 @@ def _dtype_of(stored: Stored) -> torch.dtype:
 def _make_real(model: DeepSeekV3, dtype: torch.dtype, device: str) -> None:
     """Memory for a model that may be on the meta device, and its parameters in ``dtype``."""
     on_meta = model.lm_head.weight.device.type == "meta"
-    if on_meta and torch.device(device).type == "cpu":
+    if (
+        on_meta
+        and torch.device(device).type == "cpu"
+        and not any(p.dtype == E4M3 for p in model.parameters())
+    ):
         allocate(model, dtype)
     elif on_meta:
         model.to_empty(device=device)

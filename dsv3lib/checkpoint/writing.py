@@ -24,9 +24,9 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import SaveError
 from ..kernels import quantize_blocks
-from .block_scales import FP8_BLOCK, SCALE_SUFFIX, is_fp8_matrix
+from .block_scales import E4M3, FP8_BLOCK, SCALE_SUFFIX, is_fp8_matrix
 from .generation_config import FILE_NAME as GENERATION
-from .names import Entry, copies, entries, reorder_rope
+from .names import Entry, copies, entries, reorder_rope, scale_of
 from .shards import INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def save(
         model: the model.
         folder: made if need be; files of others in it stay.
         max_shard_bytes: size of a file before the next is begun.
-        fp8: store attention, dense and expert matrices in E4M3 with a scale per 128 x 128 block, as released.
+        fp8: store attention, dense and expert matrices in E4M3 with a scale per 128 x 128 block, as released; a
+            model that keeps its weights in FP8 is always stored so, its values and scales as they are.
         mtp_copies: store the MTP modules' copies of embedding and head, as released. Without them the file is
             smaller; this library, and transformers, which drops the modules, read it as well.
 
@@ -58,6 +59,7 @@ def save(
         SaveError: the disk is full or the folder cannot be written; earlier files are intact.
     """
     folder = Path(folder)
+    fp8 = fp8 or any(p.dtype == E4M3 for p in model.parameters())
     unfinished = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,9 @@ def _shards(
         if count_only:
             tensor = tensor.to("meta")
         stored = _stored(config, entry.name, tensor, fp8)
+        if tensor.dtype == E4M3:  # kept in FP8: values and scales as they are, nothing is rounded again
+            scales = scale_of(entry, state)
+            stored[entry.name + SCALE_SUFFIX] = scales.to("meta") if count_only else scales.cpu().clone()
         bytes_ = sum(t.numel() * t.element_size() for t in stored.values())
         if shard and size + bytes_ > limit:
             yield shard
@@ -142,7 +147,7 @@ def _stored(config: ModelConfig, name: str, tensor: Tensor, fp8: bool) -> dict[s
     """A tensor as the file holds it: alone, or quantised beside its scales."""
     if not config.rope_interleave:
         tensor = reorder_rope(config, name, tensor, to_halves=True)
-    if fp8 and is_fp8_matrix(name):
+    if fp8 and is_fp8_matrix(name) and tensor.dtype != E4M3:
         values, scales = quantize_blocks(tensor, FP8_BLOCK)
         return {name: values, name + SCALE_SUFFIX: scales}
     return {name: tensor.detach().cpu().clone().contiguous() if tensor.device.type != "meta" else tensor}

@@ -56,8 +56,10 @@ class MultiHeadLatentAttention(nn.Module):
         if step.cache is not None:
             n_total = len(step.cache) + x.shape[1]
             absorb = absorbed_is_cheaper(self.config, x.shape[1], n_total) and compute.may_absorb(self)
-            read = not compute.reads_cache(x.shape[1], absorb, step.cache)
-            latents = step.cache.append(self.layer, latents, step.lengths, read)
+            if compute.reads_cache(x.shape[1], absorb, step.cache):
+                step.cache.store(self.layer, latents)
+            else:
+                latents = step.cache.append(self.layer, latents, step.lengths)
         q = self.queries(x, step)
         heads = (compute.absorbed if absorb else compute.expanded)(self, q, latents, step)
         return self.o_proj(heads.flatten(2))

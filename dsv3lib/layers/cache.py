@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -131,11 +131,7 @@ class LatentCache:
         return before, after
 
     def append(
-        self,
-        layer: int,
-        latent: Float[Tensor, "B T latent"],
-        lengths: Int[Tensor, " B"] | None = None,
-        read: bool = True,
+        self, layer: int, latent: Float[Tensor, "B T latent"], lengths: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B S latent"]:
         """Store a layer's new tokens behind those held and return all of them; ``advance`` ends the step.
 
@@ -143,24 +139,33 @@ class LatentCache:
             layer: index of the block; MTP modules count on from the last layer.
             latent: normalised latent beside the rotated shared key, [c_kv; k_rope].
             lengths: valid tokens per row of ``latent``; ``None`` means all.
-            read: false where what is stored in FP8 will be read from ``pages``.
 
         Returns:
             A view of the buffer, old tokens and new, or of an FP8 one its decoded copy; past a row's own end it holds
-            zeros or padding. ``latent`` itself where nothing is to be read.
+            zeros or padding.
+        """
+        stored = self.store(layer, latent)
+        if self.format == "model":
+            return stored
+        return self._codec.decode(stored, self.config.kv_lora_rank, latent.dtype)
+
+    def store(self, layer: int, latent: Float[Tensor, "B T latent"]) -> Shaped[Tensor, "B S width"]:
+        """Store them without decoding what an FP8 cache holds: for a kernel that reads ``pages``.
+
+        Args:
+            layer: index of the block.
+            latent: of the new tokens.
+
+        Raises:
+            CacheError: another dtype or device than the cache was begun with.
         """
         latent = latent.detach()
         if self.format == "fp8":
-            return self._append_fp8(layer, latent, read)
+            if self._dtype not in (None, latent.dtype):
+                raise CacheError(f"the cache was begun with {self._dtype}, got {latent.dtype}")
+            self._dtype = latent.dtype
+            latent = self._codec.encode(latent, self.config.kv_lora_rank)
         return self._append(layer, latent)
-
-    def _append_fp8(self, layer: int, latent: Tensor, read: bool) -> Tensor:
-        if self._dtype not in (None, latent.dtype):
-            raise CacheError(f"the cache was begun with {self._dtype}, got {latent.dtype}")
-        self._dtype = latent.dtype
-        rank = self.config.kv_lora_rank
-        stored = self._append(layer, self._codec.encode(latent, rank))
-        return self._codec.decode(stored, rank, latent.dtype) if read else latent
 
     def _append(self, layer: int, latent: Tensor) -> Tensor:
         batch, new = latent.shape[:2]

@@ -20,7 +20,8 @@ from .. import checkpoint
 from ..backends import Choice
 from ..backends.explain import Explanation
 from ..config import ModelConfig
-from ..errors import InputError
+from ..errors import ConfigError, InputError
+from ..fp8.stored import keep_in_fp8
 from ..layers.cache import LatentCache
 from ..layers.decoder import Decoder
 from ..layers.experts import MixtureOfExperts, Routing
@@ -305,14 +306,28 @@ class DeepSeekV3(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+        cls, folder: str | Path, dtype: torch.dtype | str | None = None, device: str = "cpu"
     ) -> DeepSeekV3:
         """Read a folder in Hugging Face's form, FP8 files too, or a shipped checkpoint by its name ("tiny-v3").
 
         See ``checkpoint.load`` and ``shipped.checkpoint_folder``.
+
+        Args:
+            folder: of the checkpoint, or its name.
+            dtype: of the parameters, by default that of the files; "fp8" keeps the matrices that released files hold
+                in FP8 as they are and runs from them, for inference (``fp8.stored``), all else as the embedding.
+            device: where to.
+
+        Raises:
+            CheckpointError: the files cannot be used. ConfigError: ``dtype`` is another word than "fp8".
         """
         folder = checkpoint_folder(folder)
         with torch.device("meta"):
             model = cls(checkpoint.read_config(folder))
+            if isinstance(dtype, str):
+                if dtype != "fp8":
+                    raise ConfigError(f"dtype is {dtype!r}, expected a torch.dtype, None or 'fp8'")
+                keep_in_fp8(model)
+                dtype = None
         checkpoint.load(model, folder, dtype=dtype, device=device)
         return model
