@@ -26,6 +26,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_main = config.num_hidden_layers
+        # Differs from transformers: no padding row. A token of padding has an embedding like any other; what keeps it
+        # out of the loss are labels and ``lengths``.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         main = [Block(config, i) for i in range(self.n_main)]
         depths = range(config.num_nextn_predict_layers)

@@ -71,8 +71,10 @@ def rope_frequencies(config: ModelConfig) -> tuple[Float[Tensor, " half"], float
 class RotaryEmbedding(nn.Module):
     """The table of turns, one complex number per position and pair; grown as positions are asked for.
 
-    It holds no parameter and is not part of a checkpoint. Angles are computed in FP64: in FP32 the fastest
-    pair is off by 0.01 rad at position 160,000.
+    It holds no parameter and is not part of a checkpoint.
+
+    Differs from the released code: angles are computed in FP64. In FP32 the fastest pair is off by 0.01 rad at
+    position 160,000.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -31,6 +31,13 @@ def route(
 
     Equal affinities are settled for the lower index, on every device.
 
+    Differs from the paper: a group is scored by its two best affinities, as in the released code, where the paper has
+    the K_r/M best. At V3's sizes (and ``tiny``'s) K_r/M is 2 and they agree; at ``nano`` and ``tiny-v3`` it is not,
+    and a good part of the tokens (one in four at ``nano``) would choose otherwise.
+
+    Differs from the released code: s is FP32 whatever the model's dtype. The released gate rounds it to BF16, after
+    which some tokens in a hundred meet other experts than the exact affinities give.
+
     Args:
         scores: s = sigmoid(u · e), FP32, one row a token.
         bias: b, FP32.

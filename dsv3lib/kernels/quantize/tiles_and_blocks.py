@@ -62,6 +62,9 @@ def quantize_tiles(
     scale = max |x| · (1 / 448), values = E4M3(x · (1 / scale)), to nearest even (paper §3.3.2), in FP32. No scale
     lies below 2^-126. A tile that holds NaN or infinity has scale NaN and all values NaN: what is wrong stays visible.
 
+    Differs from the released code: amax has no floor (there 1e-4), so that small tiles keep their digits; and a
+    power-of-two scale is found on the bits, where exp2(ceil(log2 x)) is now and then half of what is needed.
+
     Args:
         x: FP32, BF16, FP16 or FP64; K divides by 128.
         power_of_two: round the scale up to a power of two, so that a change of tiles rounds nothing
