@@ -38,7 +38,7 @@ _ROWS = (
     ("03_bias_based_routing", "routing", 60, "router experts", "a bias balances the experts, without a loss"),
     ("04_mtp_chain", "mtp", 50, "mtp head loss", "predicting further, one causal step at a time"),
     ("05_fp8_tile_quantization", "fp8", 60, "precision", "eight bits, one scale for each tile"),
-    ("06_dualpipe", "dualpipe", 60, "pipeline", "two directions through one pipeline"),
+    ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),
     ("07_speculative_decoding", "spec", 45, "mtp head", "draft, verify, and keep the distribution"),
     ("08_long_context", "long", 50, "rope cache", "a longer context without starting again"),
 )  # fmt: skip

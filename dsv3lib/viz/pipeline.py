@@ -20,6 +20,7 @@ from ..pipeline.actions import Action
 from ..pipeline.schedules import SCHEDULES
 from ..pipeline.simulation import Simulation
 from . import style
+from .diagram import diagram
 
 BANDS: Mapping[str, tuple[tuple[str, float, float], ...]] = {
     "F": (("forward", 0.0, 1.0),),
@@ -135,6 +136,33 @@ def live_curve(simulated: Simulation, ranks: tuple[int, ...] = (0,)) -> tuple[Fi
     )
     caption = "One above PP, and only while a forward pass has begun and the backward pass with it has not ended."
     return fig, alt, caption
+
+
+def journey(simulated: Simulation, microbatch: int = 0) -> tuple[Figure, str, str]:
+    """One micro-batch on its way down all ranks and back, with the times at which it passes.
+
+    Args:
+        simulated: a schedule with one chunk a rank and whole backward passes. microbatch: which.
+
+    Returns:
+        the figure, its alt text and its caption.
+    """
+    ranks = simulated.schedule.stages
+    times = {(e.rank, str(e.action)): f"time {e.start:g} to {e.end:g}" for e in simulated.timeline}
+    drawn = diagram(f"Micro-batch {microbatch}: down with activations, back with gradients", 2.3 * ranks + 0.2, 2.2)
+    for y, kind, meaning in ((1.25, "F", "forward"), (0.25, "B", "backward-input")):
+        name = f"{kind}0.{microbatch}"
+        lane = [
+            drawn.box(0.2 + 2.3 * r, y, f"rank {r}: {name}", times[r, name], meaning=meaning, w=1.75)
+            for r in range(ranks)
+        ]
+        way = lane if kind == "F" else lane[::-1]
+        for one, other in zip(way, way[1:], strict=False):
+            drawn.arrow(one, other)
+    return drawn.done(
+        alt=f"Two rows of {ranks} boxes. Forward: from rank 0 to rank {ranks - 1}. Backward: back again, later.",
+        caption="A rank cannot start before the arrow into it has come: that is all a simulator needs.",
+    )
 
 
 def draw_gantt(ax: Axes, simulated: Simulation, labels: bool = True, only: int | None = None) -> None:
