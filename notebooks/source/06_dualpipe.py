@@ -112,7 +112,7 @@ assert pair["GPipe"].bubble == pair["1F1B"].bubble
 peaks = [max(one.peak_activations) for one in pair.values()]
 print("alive at once on the fullest rank:", *peaks)
 assert peaks == [20, 8]
-reveal("dualpipe.p1", "the same", because="1F1B saves memory: PP micro-batches are alive, not all.")
+reveal("dualpipe.p1", "the same", because="1F1B saves memory: PP are alive, not all.")
 
 # %% [markdown]
 # The order in the middle does not matter: the first micro-batch must come down to the last rank, and the last gradient must come
@@ -191,8 +191,8 @@ rows = [
     for rank, row in enumerate(made.actions)
 ]
 mine = Schedule.by_hand(rows, made.routes, "yours: DualPipe")
-validate(mine)
 assert mine.actions == made.actions
+validate(mine)
 print("rank 0:", mine.rows()[0])
 
 # %%
@@ -212,7 +212,7 @@ style.show(*gantt(runs["DualPipe"]))
 idle = {name: max(one.bubble) for name, one in runs.items()}
 style.show(*gantt_stack(runs, "The same work in four orders"))
 assert idle["DualPipe"] <= idle["1F1B"] / 3 and idle["ZB1P"] <= idle["1F1B"] / 3
-reveal("dualpipe.p2", idle["DualPipe"], unit="units", because="Half of the ranks, and F&B + B − 3W.")
+reveal("dualpipe.p2", idle["DualPipe"], unit="units", because="Half the ranks, and −3W.")
 
 # %% [markdown]
 # ZBV is another split schedule; we come back to it. Now step through it yourself: move the time with the slider, change the
@@ -233,7 +233,7 @@ PipelineView("dualpipe", stages=8, microbatches=20)
 predict(
     "dualpipe.p3",
     "How many micro-batches are alive at the peak, at 8 ranks?",
-    options=["8 on the ends, fewer in the middle", "8 everywhere", "9 everywhere", "16 everywhere"],
+    options=["8 on the ends, fewer between", "8 everywhere", "9 everywhere", "16 everywhere"],
 )
 
 # %%
@@ -251,7 +251,7 @@ peak_live = check("dualpipe.4", peak_live)
 peaks = [peak_live([str(action) for action in row]) for row in made.actions]
 assert peaks == simulate(made).peak_activations == [made.stages + 1] * made.stages
 style.show(*live_curve(simulate(made), ranks=(0, 3)))
-reveal("dualpipe.p3", "9 everywhere", because="Full at PP; a pair begins one before it ends another.")
+reveal("dualpipe.p3", "9 everywhere", because="A pair begins one before it ends another.")
 
 # %% [markdown]
 # The warm-up fills each rank to PP, whichever way they came: an end has many of its own direction, the middle as many of
@@ -296,7 +296,9 @@ cases = [
     ("F&B shorter than F + B (2.5)", compare("dualpipe", 8, 20, Costs(FB=2.5))),
     ("ZB1P, 4 micro-batches", compare("zb1p", 8, 4)),
 ]
-rows = [[why, f"{c.formula:.1f}", f"{c.least:.1f} to {c.worst:.1f}", c.agrees] for why, c in cases]
+rows = [
+    [why, f"{c.formula:.1f}", f"{c.least:.1f} to {c.worst:.1f}", c.agrees] for why, c in cases
+]
 table(["case", "formula", "simulated, least to most", "agrees"], rows,
       caption="A long W cannot be put off for nothing; few micro-batches fill no gaps.")
 assert [row[3] for row in rows] == ["on every rank", "no", "on the worst rank", "no"]
@@ -372,9 +374,8 @@ assert "even" in refusal
 
 # %% tags=["claim:t_bubbles"]
 found = {pp: simulate(schedule("dualpipe", pp, 4 * pp)) for pp in (2, 4, 8, 16)}
-shares = [f"{100 * one.bubble_share:.1f} %" for one in found.values()]
 table(["PP", "idle on a rank", "share of the time"],
-      [[pp, max(one.bubble), share] for (pp, one), share in zip(found.items(), shares, strict=True)],
+      [[pp, max(r.bubble), f"{100 * r.bubble_share:.1f} %"] for pp, r in found.items()],
       caption="Verdict: false, but for two ranks. Longer steps: a smaller share.")
 assert all(max(one.bubble) > 0 for pp, one in found.items() if pp > 2)
 
@@ -386,7 +387,8 @@ assert all(max(one.bubble) > 0 for pp, one in found.items() if pp > 2)
 # %% tags=["claim:t_memory"]
 from dsv3lib.pipeline.planner import plan
 
-plans = {(name, ep): plan(v3, name, pp=16, ep=ep) for name in ("zb1p", "dualpipe") for ep in (8, 64)}
+both = ("zb1p", "dualpipe")
+plans = {(name, ep): plan(v3, name, pp=16, ep=ep) for name in both for ep in (8, 64)}
 rows = [
     [name, ep, f"{p.weights + p.gradients:.0f}", f"{p.activations:.0f}", f"{p.memory:.0f}"]
     for (name, ep), p in plans.items()
@@ -417,7 +419,7 @@ assert rows[1][1] >= 99 and rows[-1][1] < 70
 
 # %% tags=["claim:t_always", "claim:hidden"]
 def step_time(name, ratio):
-    """A step of 8 ranks; alone, a pass waits for its all-to-alls, in a pair the other computes."""
+    """A step of 8 ranks: alone, a pass waits for its all-to-alls; in a pair it does not."""
     times = LayerTimes.of_model(v3, ratio)
     sent = times.dispatch + times.combine
     both = simulate_pair(times, layers=4).makespan / 4
@@ -447,7 +449,7 @@ table(
     ["schedule", "PP", "bubble %", "memory GB", "fits in 80 GB", "k hours per 1T tokens"],
     [[p.schedule + " (the paper's)" * p.is_papers, p.pp, f"{100 * p.bubble:.1f}",
       f"{p.memory:.0f}", "yes" if p.fits[0] else "no", f"{p.hours / 1000:.0f}"] for p in plans],
-    caption="Estimates, for comparing. The paper reports 180 thousand H800 hours a trillion tokens.",
+    caption="Estimates, for comparing. The paper reports 180 thousand H800 hours.",
 )
 papers = next(one for one in plans if one.is_papers)
 cheapest = min(one.hours for one in plans if one.fits[0])

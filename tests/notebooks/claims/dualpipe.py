@@ -11,12 +11,13 @@ CLAIMS = {
     "zb1p": Off("with every W right after its I", "split = split_backward; "
                 "split_backward = lambda row, wait: split(row, 0)"),
     "real": Off("with the directions exchanged", "near = warm_up; warm_up = lambda rank, n: near(n - 1 - rank, n)"),
-    "moves": Off("with whole backward passes", UNSPLIT + "runs['DualPipe'] = simulate(dualpipe(8, 20, False))"),
+    "moves": Off("with whole backward passes", UNSPLIT +
+                 "runs = {**runs, 'DualPipe': simulate(dualpipe(8, 20, False))}"),
     "plus_one": Off("with 1F1B", "made = schedule('1f1b', 8, 20)"),
     "derived": Off("with whole backward passes", UNSPLIT + "made = dualpipe(8, 20, False)"),
     "limits": Off("with W as long as F", "Real = Costs; Costs = lambda *a, **k: Real()"),
     "deadlock": Off("with nothing swapped", "patch(type(made), 'swapped', lambda self, **k: self)"),
-    "whole": Off("with the split kept", "runs['DualPipe'] = simulate(schedule('gpipe', 8, 20))"),
+    "whole": Off("with the split kept", "runs = {**runs, 'DualPipe': simulate(schedule('gpipe', 8, 20))}"),
     "t_bubbles": Off("with costs of nothing", "one = simulate; simulate = lambda s: one(s, F=0, B=0, W=0, FB=0)"),
     "t_memory": Off("with one copy", "import dsv3lib.pipeline.planner as p; one = p.plan; "
                     "patch(p, 'plan', lambda c, name, **k: one(c, 'zb1p', **k))"),
