@@ -43,7 +43,7 @@ def title_of(simulated: Simulation) -> str:
     """A schedule's written name and its sizes."""
     made = simulated.schedule
     name = SCHEDULES[made.name].title if made.name in SCHEDULES else made.name
-    return f"{name}, {made.stages} ranks, {made.microbatches} micro-batches"
+    return f"{name}, {made.stages} ranks, {made.microbatches} micro-batch{'es' * (made.microbatches > 1)}"
 
 
 def gantt(simulated: Simulation, title: str | None = None) -> tuple[Figure, str, str]:
