@@ -102,7 +102,7 @@ def table_of_html(head: list[str], rows: list[list[str]]) -> str:
 
 def columns(*parts: tuple[str, str]) -> str:
     """Return pieces of code under their titles, side by side where there is room, else one below the other."""
-    side = "flex:1 1 18em;min-width:0"
+    side = "flex:1 1 32em;min-width:0"
     inner = "".join(
         f'<div style="{side}"><em>{inline(title)}</em>{code(text)}</div>' for title, text in parts
     )

@@ -15,6 +15,7 @@ from dsv3lib.files import write_whole
 
 PAGE = "Overview.md"
 IN_PREPARATION = "in preparation"
+_UNBROKEN = "\u00a0"  # a space at which no line is broken
 _HEAD = ["lesson", "minutes", "exercises", "", "predictions"]
 _MARKS = {"right": "■", "wrong": "◪"}
 _ASKED = re.compile(r"""(?m)^exercise\(["']([\w.]+)["']""")
@@ -157,10 +158,12 @@ This page is written anew whenever you answer something; close it and open it ag
 def _line(one: Standing) -> str:
     lesson = one.lesson
     if not one.written:
-        return f"| {lesson.number} | {one.title}: {lesson.idea} | {lesson.minutes} | | | {IN_PREPARATION} |"
-    exercises = f"{one.marks} {one.solved} of {len(one.exercises)}"
+        state = IN_PREPARATION.replace(" ", _UNBROKEN)
+        return f"| {lesson.number} | {one.title}: {lesson.idea} | {lesson.minutes} | | | {state} |"
+    exercises = f"{one.marks} {one.solved} of {len(one.exercises)}".replace(" ", _UNBROKEN)
     predictions = f"{one.predicted} of {len(one.predictions)}" if one.predictions else ""
-    words = f"{_link(one)}: {lesson.idea}"
+    said = lesson.idea.lower().startswith(one.title.lower())
+    words = _link(one) if said else f"{_link(one)}: {lesson.idea}"
     return f"| {lesson.number} | {words} | {lesson.minutes} | {exercises} | {predictions} | {one.state} |"
 
 

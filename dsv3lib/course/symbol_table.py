@@ -44,6 +44,7 @@ are this course's letters; the paper names those sizes in words."""
 
 PRESETS = (("V3", "v3-671b"), ("tiny", "tiny"))
 _HEAD = ["paper", "code", "shape", *(title for title, _ in PRESETS), "what it is"]
+_SHAPE = _HEAD.index("shape")
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -64,18 +65,20 @@ def symbols(*rows: str | tuple[str, ...]) -> None:
         CourseError: a letter is unknown, or a row has not four parts.
     """
     configs = [ModelConfig.preset(name) for _, name in PRESETS]
-    lines = [_row(row, configs) for row in rows]
+    lines = [_HEAD, *(_row(row, configs) for row in rows)]
+    if not any(line[_SHAPE] for line in lines[1:]):  # sizes alone have no shape
+        lines = [line[:_SHAPE] + line[_SHAPE + 1 :] for line in lines]
+    marks = {"paper": typeset, "shape": typeset, "code": card.inline}
     marked = [
-        [typeset(line[0]), *map(card.inline, line[1:2]), *map(typeset, line[2:3]), *line[3:]]
+        [marks.get(name, card.inline)(cell) for name, cell in zip(lines[0], line, strict=True)]
+        for line in lines[1:]
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    plain = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    html_text = card.table_of_html(_HEAD, marked)
-    widths = [max(len(line[i]) for line in [_HEAD, *lines]) for i in range(len(_HEAD))]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in [_HEAD, *lines]
-    )
-    card.show(html_text, "\n".join(line.rstrip() for line in padded))
+    card.show(card.table_of_html(lines[0], marked), "\n".join(plain))
 
 
 def shape_of(shape: str, config: ModelConfig) -> str:

@@ -22,6 +22,11 @@ def test_both_presets_stand_beside_each_symbol(capsys: pytest.CaptureFixture[str
     assert latent == ["c_t^{KV}", "`latent`", "[d_c]", "[512]", "[64]", "what is cached of a token"]
 
 
+def test_sizes_alone_need_no_column_of_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    symbols("d", "V")
+    assert "shape" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("letter", SIZES)
 def test_each_known_symbol_is_a_field_of_the_config(letter: str) -> None:
     assert shape_of(letter, V3).replace(",", "") == str(getattr(V3, SIZES[letter][0]))

@@ -121,7 +121,7 @@ def test_the_overview_says_what_comes_next_and_what_is_in_preparation(tmp_path: 
     own.prepare(course(tmp_path / "c"))
     text = (own.folder / overview.PAGE).read_text()
     assert f"**Next: [The latent]({STEM}.ipynb)**" in text
-    assert re.search(r"\| 02 \| decoupled rope: .* \| in preparation \|", text)
+    assert re.search(r"\| 02 \| decoupled rope: .* \| in\u00a0preparation \|", text)
     record.Record(own.progress).update("predictions", "mla.p1", answer=3)
     assert f"**Go on with: [The latent]({STEM}.ipynb)**" in (own.folder / overview.PAGE).read_text()
     record.Record(own.progress).update("exercises", "mla.1", state="right")

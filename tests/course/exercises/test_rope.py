@@ -27,7 +27,9 @@ def test_rotate_and_the_layout_are_the_library_s(pairs: int, tokens: int, seed: 
 @given(t=st.integers(0, 500), j=st.integers(0, 500), seed=SEEDS)
 def test_the_matrix_of_a_distance_gives_the_turned_score(t: int, j: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    q, w, c = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((6,), (6, 4), (4,)))
+    q, w, c = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((6,), (6, 4), (4,))
+    )
     speeds = 10.0 ** -torch.arange(3, dtype=torch.float64)
     turned = rope.rotate(q, t * speeds) @ rope.rotate(w @ c, j * speeds)
     torch.testing.assert_close(q @ rope.matrix_for_distance(w, speeds, t - j) @ c, turned, rtol=0, atol=1e-9)
