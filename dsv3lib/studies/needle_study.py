@@ -31,6 +31,8 @@ from .small_models import PEAK_LEARNING_RATE, manual, rows_of, small_config, tra
 TRAINED, TARGET, FACTOR = 128, 1024, 8.0
 LENGTHS = (128, 256, 512, 1024)
 DEPTHS = tuple(round(0.05 + 0.1 * step, 2) for step in range(10))
+CONTROLS = DEPTHS[::3]
+"""Where shuffled keys and linked questions are measured too."""
 ROTARY_DIMS = 16
 TOKENS_A_STEP = 2048
 ANSWER_WEIGHT = 2.0
@@ -66,8 +68,10 @@ def measure(model: DeepSeekV3, unseen: Tensor, rows: int, lengths: Sequence[int]
         for depth in DEPTHS:
             asked = needle.prompts(unseen, rows, length, depth, generator)
             row.append(needle.accuracy(model, asked))
-            control.append(needle.accuracy(model, needle.shuffled_keys(asked, generator)))
-            linked.append(needle.accuracy(model, needle.prompts(unseen, rows, length, depth, generator, linked=True)))
+            if depth in CONTROLS:
+                control.append(needle.accuracy(model, needle.shuffled_keys(asked, generator)))
+                both = needle.prompts(unseen, rows, length, depth, generator, linked=True)
+                linked.append(needle.accuracy(model, both))
         found["map"][str(length)] = row
         found["shuffled"][str(length)] = sum(control) / len(control)
         found["linked"][str(length)] = sum(linked) / len(linked)
@@ -89,8 +93,10 @@ def run_seed(seed: int, steps: int, extension_steps: int, rows: int) -> dict[str
     text, unseen = manual()
     base = DeepSeekV3(base_config(), torch.Generator().manual_seed(seed))
     batch = TOKENS_A_STEP // TRAINED
-    for _ in train(base, steps, loss_at(text, TRAINED, batch, torch.Generator().manual_seed(100 + seed))):
-        pass
+    losses = loss_at(text, TRAINED, batch, torch.Generator().manual_seed(100 + seed))
+    for step, loss in enumerate(train(base, steps, losses), start=1):
+        if step % 100 == 0:
+            print(f"seed {seed}, step {step} of {steps}: loss {loss:.2f}", flush=True)
     found: dict[str, Any] = {"seed": seed, "methods": {}}
     found["trained"] = measure(base, unseen, rows, lengths=(TRAINED,))
     for method in METHODS:
@@ -109,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study, or go on with it: what the file holds already is not trained again."""
     parser = argparse.ArgumentParser(description="The needle map before and after a context extension.")
     parser.add_argument("--out", type=Path, default=Path("data/studies/needle.json"))
-    parser.add_argument("--steps", type=int, default=1200, help="of the base model")
-    parser.add_argument("--extension-steps", type=int, default=40, help="of each of the two phases")
-    parser.add_argument("--rows", type=int, default=16, help="prompts for each cell of the map")
+    parser.add_argument("--steps", type=int, default=1000, help="of the base model")
+    parser.add_argument("--extension-steps", type=int, default=30, help="of each of the two phases")
+    parser.add_argument("--rows", type=int, default=12, help="prompts for each cell of the map")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # for so small a model, sharing the work costs more than it saves
