@@ -17,7 +17,6 @@ PipelineView("dualpipe", stages=16, microbatches=40)
 from dsv3lib.viz.pipeline_game import PipelineGame
 PipelineGame(stages=2, microbatches=2)
 """
-REDRAW_MS = 200
 GAME = [
     (0, "F0.0"), (1, "F0.0"), (1, "I0.0"), (0, "F0.1"), (0, "I0.0"), (0, "W0.0"), (1, "F0.1"), (1, "I0.1"), (1, "W0.0"),
     (1, "W0.1"), (0, "I0.1"), (0, "W0.1"),
@@ -47,19 +46,19 @@ def drawn(page: Page) -> str:
     return page.evaluate("document.querySelector('.dsv3-pipe canvas').toDataURL()")
 
 
-def test_the_slider_steps_and_a_redraw_is_quick(lab: LabPage) -> None:
+def test_the_slider_steps_without_the_kernel(lab: LabPage) -> None:
     page = lab.page
     wait_words(page, ".dsv3-pipe h3", "DualPipe, 16 ranks, 40 micro-batches")
     wait_words(page, ".dsv3-pipe .words", "idle at most 14 a rank")
     before = drawn(page)
     slider = page.locator(".dsv3-pipe input.time")
     slider.focus()
-    times = []
-    for _ in range(9):
+    words = set()
+    for _ in range(3):
         slider.press("ArrowLeft")
-        times.append(float(page.locator(".dsv3-pipe[data-draw-ms]").get_attribute("data-draw-ms")))
-    assert drawn(page) != before
-    assert sorted(times)[0] < REDRAW_MS  # what the drawing itself takes; the machine may be busy with other things
+        words.add(page.locator(".dsv3-pipe .words").first.inner_text())
+    assert drawn(page) != before and len(words) == 3
+    assert page.locator(".dsv3-pipe[data-draw-ms]").count() == 1  # how long the last drawing took, to be read there
 
 
 def test_the_controls_simulate_anew(lab: LabPage) -> None:
