@@ -177,7 +177,7 @@ def _model_and_text(
     stream = PackedStream(
         domains, tokenizer, _or(args.seq_len, DEFAULT_SEQUENCE_LENGTH), seed=config.seed,
         fim_rate=_or(args.fim_rate, DEFAULT_FIM_RATE),
-        weights=FULL_WEIGHTS if data is None and source["text"] == "full" else None,
+        weights=_full_weights(domains) if data is None and source["text"] == "full" else None,
     )  # fmt: skip
     notes += cap_passes(stream, _tokens_of(config, stream.seq_len), _or(args.max_passes, MAX_PASSES))
     for note in notes:
@@ -257,6 +257,7 @@ def _resumed(args: argparse.Namespace) -> Trainer:
     # The folder may have been moved or renamed since; whether it is the same text is seen by its fingerprint.
     data = source["data"] if args.data is None else args.data
     without = source["without"] if args.without is None else args.without
+    shares = dict(zip(recorded["domains"], text["weights"], strict=True))
     # Runs begun before there was a choice have the small text, and say nothing of it.
     own_name = None if source["data"] is None else Path(source["data"]).name
     domains, _ = open_domains(data, without, text=_or(args.text, source.get("text", "small")), own_name=own_name)
@@ -267,7 +268,8 @@ def _resumed(args: argparse.Namespace) -> Trainer:
         seed=config.seed,
         fim_rate=_or(args.fim_rate, text["fim_rate"]),
         validation_share=text["validation_share"],
-        weights=dict(zip(recorded["domains"], text["weights"], strict=True)),
+        # With other domains the run is another one; ``Trainer`` says so.
+        weights=shares if shares.keys() == {domain.name for domain in domains} else None,
     )
     return Trainer(_fresh_model(model_config, config.seed, args.device), stream, config, out=out, resume=True)
 
@@ -287,6 +289,10 @@ def _fresh_model(config: ModelConfig, seed: int, device: str | None) -> DeepSeek
     where = find_device(device)
     # Weights are drawn on the CPU: the same seed gives the same model everywhere.
     return DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).to(where)
+
+
+def _full_weights(domains: list) -> dict[str, float]:
+    return {domain.name: FULL_WEIGHTS[domain.name] for domain in domains}
 
 
 def _tokens_of(config: TrainingConfig, sequence_length: int) -> int | None:
