@@ -115,6 +115,24 @@ def check_gpu() -> Finding:
     return Finding("GPU", "ok", value, without)
 
 
+def check_backend() -> Finding:
+    """Asks a small model which code computes it here: the short form of ``model.explain()``."""
+    without = "everything: layers/ is plain PyTorch"
+    try:
+        import torch
+
+        from .config import ModelConfig
+        from .model import DeepSeekV3
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = DeepSeekV3(ModelConfig.preset("nano")).to(device)
+        explanation = model.explain()
+    except Exception as error:  # whatever is wrong with torch has its own line
+        return Finding("backend", "missing", _in_words(error), without)
+    plain = explanation.machine.backend.name == "plain"
+    return Finding("backend", "limited" if plain else "ok", explanation.short(), without)
+
+
 def check_memory(available: int | None = None) -> Finding:
     """Compares the free memory in bytes with what a training of the tiny preset needs."""
     memory = psutil.virtual_memory()
@@ -181,6 +199,7 @@ def examine(folder: Path | None = None) -> list[Finding]:
         check_torch,
         check_triton,
         check_gpu,
+        check_backend,
         check_memory,
         lambda: check_disk(folder),
         check_jupyterlab,

@@ -338,10 +338,14 @@ class _GatedProduct(torch.autograd.Function):
 
 def _as_autocast(x: Tensor | None) -> Tensor | None:
     """Cast as autocast casts a product's operands, which it cannot see inside a function of our own."""
-    kind = None if x is None else x.device.type
-    if kind is None or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if x is None or not autocast_on(x) or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor lies; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _sizes(x: Tensor, counts: Tensor) -> list[int]:

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dsv3lib import doctor
+from dsv3lib import DeepSeekV3, ModelConfig, doctor
 
-PARTS = ["Python", "torch", "triton", "GPU", "memory", "free disk", "JupyterLab", "browser"]
+PARTS = ["Python", "torch", "triton", "GPU", "backend", "memory", "free disk", "JupyterLab", "browser"]
 
 
 def test_every_part_has_a_status_a_value_and_a_way_on():
@@ -73,6 +73,14 @@ def test_a_broken_torch_is_told_in_words(monkeypatch, error):
     finding = doctor.check_torch()
     assert finding.status == "missing" and finding.essential and str(error) in finding.value
     assert doctor.check_gpu().status == "missing"
+
+
+def test_the_backend_is_the_short_form_of_explain(monkeypatch):
+    model = DeepSeekV3(ModelConfig.preset("nano"))
+    finding = doctor.check_backend()
+    assert finding.status == "ok" and finding.value == model.explain().short()
+    monkeypatch.setattr(DeepSeekV3, "explain", lambda self: 1 / 0)
+    assert doctor.check_backend().status == "missing" and "division" in doctor.check_backend().value
 
 
 @pytest.mark.parametrize(("system", "words"), [("darwin", "does not exist"), ("linux", "not installed")])

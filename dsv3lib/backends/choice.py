@@ -24,6 +24,7 @@ from ..kernels.toolchain import targets
 from ..layers.attention import absorbed_is_cheaper
 from ..layers.operations import Operations
 from ..layers.step import Step
+from ..linear import autocast_on
 from .chosen import Chosen
 from .cpu import DTYPES as CPU_DTYPES
 from .cpu import Cpu
@@ -50,7 +51,7 @@ def machine(like: Tensor) -> Machine:
         like: of the device and dtype of the hidden states.
     """
     device, dtype = like.device.type, str(like.dtype).removeprefix("torch.")
-    if torch.is_autocast_enabled(device):
+    if autocast_on(like):
         return Machine(Plain, "autocast is on, which casts inside PyTorch's own operations alone")
     if targets.available(like) and like.dtype != torch.float64:
         how = "a GPU with Triton" if like.is_cuda else "a CPU, TRITON_INTERPRET=1"
@@ -138,7 +139,7 @@ class Choice:
         self._parents = [model]
         self._main, self._rest = Snapshot(main, self._parents), Snapshot(rest, [])
         found = ((survey.names[m], survey.aside.get(m) or _other_setting(m, model.config)) for m in main)
-        self._not_main = next((f"{name} {why}" for name, why in found if why), None)
+        self._not_main = next((f"{name}: {why}" for name, why in found if why), None)
         self._survey, self._backends, self._engine = survey, {}, None
 
 

@@ -43,6 +43,7 @@ BUILT_AS = MappingProxyType(
     | dict.fromkeys(("gate_proj", "up_proj", "down_proj", "eh_proj", "lm_head"), (Linear,))
 )
 """What stands at each name in a model that nobody touched; a number is a block."""
+NO_BIAS = frozenset({"q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "down_proj", "eh_proj", "lm_head"})
 BLOCKS = (Block, MTPModule)
 FORWARDS = MappingProxyType(
     {kind: kind.forward for kinds in (*BUILT_AS.values(), BLOCKS) for kind in kinds}
@@ -73,6 +74,8 @@ class Survey:
             why = everywhere
             if kinds is not None and why is None:
                 why = why_touched(module, kinds, FORWARDS.get(type(module)))
+            if why is None and role in NO_BIAS and module.bias is not None:
+                why = "was given a bias"
             if why is not None:
                 self.touched[module] = why
         self.aside = dict(self.touched)
@@ -83,11 +86,6 @@ class Survey:
             for child in module.children() if isinstance(module, MLP) else ():
                 if module not in self.aside and child in self.aside:
                     self.aside[module] = f"its {self.names[child].rpartition('.')[2]} {self.aside[child]}"
-
-    def first_aside(self, root: nn.Module) -> str | None:
-        """The first module below ``root`` (itself included) that has to be called, and why."""
-        found = next((m for m in root.modules() if m in self.aside), None)
-        return None if found is None else f"{self.names[found]} {self.aside[found]}"
 
 
 def _other_recipe(module: nn.Module) -> str | None:

@@ -97,7 +97,7 @@ class Operations:
     def may_absorb(self, attention: nn.Module) -> bool:
         """Whether W_UK and W_UV may be taken out of ``kv_b_proj``, which then is not called."""
         kv_b = attention.kv_b_proj
-        return self.intact(kv_b, Linear) and kv_b.recipe.absorbs
+        return self.intact(kv_b, Linear) and kv_b.bias is None and kv_b.recipe.absorbs
 
     def absorbed(
         self,

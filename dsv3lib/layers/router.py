@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..linear import PLAIN, PlainRecipe, linear
+from ..linear import PLAIN, PlainRecipe, autocast_on, linear
 
 
 def route(
@@ -186,7 +186,7 @@ class Router(nn.Module):
 
     def logits(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N E"]:
         """u · e_i, at least in FP32, also under autocast: in BF16 one token in ten would choose other experts."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_on(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self.logits(x)
         if x.dtype in (torch.bfloat16, torch.float16):

@@ -29,6 +29,7 @@ from ...errors import InputError, TrainingError
 from ...fp8 import Recipe
 from ...linear import set_recipe
 from ...model import DeepSeekV3
+from ...model.loss import LossWeights
 from ..run import folder as run_folder
 from ..run import log as runlog
 from ..run import save_point
@@ -88,9 +89,6 @@ class Trainer:
         self.validation: Evaluation | None = None
         self._sequence_seconds: list[float] = []  # of this process's warm-up steps
         self._within_step = False
-        if self.config.aux_loss_alpha is not None:
-            model.aux_loss_alpha = self.config.aux_loss_alpha
-        model.aux_loss_over = self.config.aux_loss_over
         if self.config.fp8 is not None:
             model.recipe = Recipe.named(self.config.fp8)
             set_recipe(model, model.recipe)
@@ -212,13 +210,14 @@ class Trainer:
         model, schedule, step = self.model, self.schedule, self.steps_done + 1
         batch = self.stream.next_batch(schedule.batch_size(step))
         model.train()
-        model.mtp_loss_weight = schedule.mtp_loss_weight(step)
+        weights = self.loss_weights(step)
         self.optimizer.zero_grad()
         try:
             out = model(
                 batch.input_ids.to(self.device),
                 labels=batch.labels.to(self.device),
                 document_ids=batch.document_ids.to(self.device),
+                loss_weights=weights,
             )
         except InputError as error:  # a router met NaN before there was a loss to look at
             raise TrainingError(f"step {step}: {error}; {self._what_stands()}") from error
@@ -250,7 +249,7 @@ class Trainer:
             "learning_rate": schedule.learning_rate(step),
             "gradient_norm": norm,
             "batch_size": len(batch.input_ids),
-            "mtp_loss_weight": model.mtp_loss_weight,
+            "mtp_loss_weight": weights.mtp,
             "bias_speed": speed,
             "expert_load": load.tolist(),
             "domain_load": self._domain_load(out.expert_indices, batch.domain_ids, load.shape[-1]),
@@ -259,6 +258,15 @@ class Trainer:
             "seconds": elapsed,
             "tokens_per_second": tokens / elapsed,
         }
+
+    def loss_weights(self, step: int) -> LossWeights:
+        """λ and α of a step; the model's own α where the settings leave it.
+
+        Args:
+            step: from 1.
+        """
+        alpha = self.model.aux_loss_alpha if self.config.aux_loss_alpha is None else self.config.aux_loss_alpha
+        return LossWeights(self.schedule.mtp_loss_weight(step), alpha, self.config.aux_loss_over)
 
     def _domain_load(self, indices: list, domain_ids: Tensor, experts: int) -> dict[str, list[list[int]]]:
         names = self.stream.domain_names
