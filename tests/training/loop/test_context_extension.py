@@ -16,11 +16,21 @@ from dsv3lib.training.loop.context_extension import METHODS, Phase, extended_con
 
 def test_v3_s_own_schedule_comes_out() -> None:
     """§4.3: 1,000 steps of 1,920 x 32K, then 1,000 of 480 x 128K."""
-    assert phases(4096, 131_072, 1000, 1920 * 32_768) == (Phase(32_768, 1000, 1920), Phase(131_072, 1000, 480))
+    assert phases(4096, 131_072, 1000, 1920 * 32_768) == (
+        Phase(32_768, 1000, 1920),
+        Phase(131_072, 1000, 480),
+    )
 
 
-@given(trained=st.integers(1, 5000), times=st.integers(2, 64), steps=st.integers(1, 9), tokens=st.integers(1, 10**6))
-def test_lengths_rise_to_the_target_and_tokens_a_step_stay(trained: int, times: int, steps: int, tokens: int) -> None:
+@given(
+    trained=st.integers(1, 5000),
+    times=st.integers(2, 64),
+    steps=st.integers(1, 9),
+    tokens=st.integers(1, 10**6),
+)
+def test_lengths_rise_to_the_target_and_tokens_a_step_stay(
+    trained: int, times: int, steps: int, tokens: int
+) -> None:
     target = trained * times
     found = phases(trained, target, steps, tokens)
     lengths = [phase.length for phase in found]
@@ -40,7 +50,9 @@ def test_lengths_rise_to_the_target_and_tokens_a_step_stay(trained: int, times: 
         (64, 128, 1, 0, "tokens a step"),
     ],
 )
-def test_what_cannot_be_scheduled_is_refused(trained: int, target: int, steps: int, tokens: int, says: str) -> None:
+def test_what_cannot_be_scheduled_is_refused(
+    trained: int, target: int, steps: int, tokens: int, says: str
+) -> None:
     with pytest.raises(ConfigError, match=says):
         phases(trained, target, steps, tokens)
 
