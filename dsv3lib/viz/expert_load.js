@@ -9,7 +9,7 @@ const STYLE = `
 .dsv3-load .controls{display:flex;flex-wrap:wrap;gap:6px 18px;align-items:center;margin-bottom:6px}
 .dsv3-load label{display:inline-flex;gap:6px;align-items:center;color:inherit} .dsv3-load .step{width:300px}
 .dsv3-load select{font:inherit;color:#1d1d1f;background:#fff} .dsv3-load canvas{display:block;max-width:100%}
-.dsv3-load .row{display:flex;flex-wrap:wrap;align-items:flex-start;gap:4px 16px} .dsv3-load .words{margin-top:4px;min-height:2.4em}`;
+.dsv3-load .row{display:grid;align-items:start;gap:4px 16px} .dsv3-load .row canvas{width:100%!important} .dsv3-load .words{margin-top:4px;min-height:2.4em}`;
 
 export function unpack(bytes) {
   const buffer = bytes.buffer ? bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength) : bytes;
@@ -110,29 +110,48 @@ function heat(area, data, ratios, names, title, chosen, axis) {
   }
 }
 
+// The step of an axis: 1, 2 or 5 times a power of ten, at least as large as asked.
+function round_step(least) {
+  const power = 10 ** Math.floor(Math.log10(Math.max(least, 1e-9)));
+  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= least * (1 - 1e-9));
+}
+
+// A shade of a colour: place -1 is dark, 0 the colour itself, 1 light.
+function shaded(data, colour, place) {
+  const parts = (text) => [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16));
+  const own = parts(colour), other = parts(place < 0 ? data.palette.ink : data.palette.paper);
+  const share = Math.abs(place) * (place < 0 ? 0.62 : 0.45);
+  return `rgb(${own.map((c, i) => Math.round((1 - share) * c + share * other[i])).join(",")})`;
+}
+
 function line(pen, x0, y0, x1, y1) { pen.beginPath(); pen.moveTo(x0, y0); pen.lineTo(x1, y1); pen.stroke(); }
 
 function curves(area, data, title, xs, lines, marker, zero) {
   const { pen } = area, box = { left: 46, top: 24, width: area.width - 46 - 8, height: area.height - 24 - 34 };
   clear(area, data, title);
+  if (lines.some((one) => one.end)) box.width -= 18;  // room for the names at the ends
   let low = zero ? 0 : Infinity, high = -Infinity;
   for (const one of lines) for (const y of one.ys) { if (y < low) low = y; if (y > high) high = y; }
   if (!(high > low)) { low = Math.min(0, low === Infinity ? 0 : low); high = low + 1; }
   if (lines.some((one) => one.name)) high += 0.16 * (high - low);  // room for the legend
+  const step = round_step((high - low) / 4);
+  low = step * Math.floor(low / step + 1e-9);
+  high = step * Math.ceil(high / step - 1e-9);
   const last = xs.length ? xs[xs.length - 1] : 1, first = xs.length ? xs[0] : 0;
   const px = (x) => box.left + (box.width * (x - first)) / Math.max(1, last - first);
   const py = (y) => box.top + box.height * (1 - (y - low) / (high - low));
   pen.strokeStyle = "#d9d6cd"; pen.lineWidth = 1; pen.fillStyle = data.palette.ink;
   pen.textAlign = "right"; pen.textBaseline = "middle";
-  for (let t = 0; t <= 4; t++) {
-    const y = low + ((high - low) * t) / 4;
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  for (let t = 0; t <= Math.round((high - low) / step); t++) {
+    const y = low + t * step;
     line(pen, box.left, py(y), box.left + box.width, py(y));
-    const digits = high - low < 0.2 ? 3 : high - low < 5 ? 2 : 0;
     pen.fillText(y.toFixed(digits).replace(/^-(0\.?0*)$/, "$1"), box.left - 4, py(y));  // no minus zero
   }
   pen.textBaseline = "top"; pen.textAlign = "center";
-  for (let t = 0; t <= 4; t++) {
-    pen.fillText(Math.round(first + ((last - first) * t) / 4), Math.min(px(first + ((last - first) * t) / 4), area.width - 14), box.top + box.height + 4);
+  const stride = Math.max(1, round_step((last - first) / 5));
+  for (let x = stride * Math.ceil(first / stride); x <= last; x += stride) {
+    pen.fillText(x, Math.min(px(x), area.width - 14), box.top + box.height + 4);
   }
   pen.fillText("training step", box.left + box.width / 2, box.top + box.height + 18);
   for (const one of lines) {
@@ -143,6 +162,7 @@ function curves(area, data, title, xs, lines, marker, zero) {
     pen.stroke();
   }
   pen.globalAlpha = 1; pen.setLineDash([]);
+  names_at_ends(pen, lines.filter((one) => one.end && one.ys.length), py, box);
   if (marker !== null) {
     pen.strokeStyle = data.palette.ink; pen.lineWidth = 1; line(pen, px(marker), box.top, px(marker), box.top + box.height);
   }
@@ -155,6 +175,19 @@ function curves(area, data, title, xs, lines, marker, zero) {
     x += 40 + pen.measureText(one.name).width;
   }
   pen.setLineDash([]);
+}
+
+// Each line's name beside its end, moved apart where ends lie close.
+function names_at_ends(pen, lines, py, box) {
+  const ends = lines.map((one) => ({ text: one.end, y: py(one.ys[one.ys.length - 1]) })).sort((a, b) => a.y - b.y);
+  for (let round = 0; round < 4 * ends.length; round++) {
+    for (let i = 1; i < ends.length; i++) {
+      const short = 12 - (ends[i].y - ends[i - 1].y);
+      if (short > 0) { ends[i - 1].y -= short / 2; ends[i].y += short / 2; }
+    }
+  }
+  pen.textAlign = "left"; pen.textBaseline = "middle";
+  for (const end of ends) pen.fillText(end.text, box.left + box.width + 5, end.y);
 }
 
 function bars(area, data, title, values, names) {
@@ -215,8 +248,11 @@ export function mount(root, bytes) {
     top.replaceChildren(); middle.replaceChildren(); low.replaceChildren();
     const rows = data.layers.length;
     areas.load = canvas(top, 970, Math.min(420, 56 + Math.max(rows * 7, Math.min(rows * 26, 220))), "Heat map of load, layers by experts");
-    areas.vio = canvas(middle, 476, 210, "MaxVio over the steps");
-    areas.bias = canvas(middle, 476, 210, "Routing bias over the steps");
+    const moved = data.bias.length > 0;  // a bias that stands still needs no chart
+    areas.vio = canvas(middle, moved ? 476 : 970, 210, "MaxVio over the steps");
+    areas.bias = moved ? canvas(middle, 476, 210, "Routing bias over the steps") : null;
+    middle.style.gridTemplateColumns = moved ? "1fr 1fr" : "1fr";
+    low.style.gridTemplateColumns = data.domains.length && data.groups > 1 ? "2fr 1fr" : "1fr";
     areas.domains = data.domains.length ? canvas(low, 640, 56 + 24 * data.domains.length, "Heat map of load, text domains by experts") : null;
     areas.nodes = data.groups > 1 ? canvas(low, 312, 56 + 24 * Math.max(6, data.domains.length), "Load of each node") : null;
     const keep = [layer.value || "0", domain.value || "-1"];
@@ -249,11 +285,14 @@ export function mount(root, bytes) {
     const colour = data.palette;
     curves(areas.vio, data, "MaxVio: load of the fullest expert / mean − 1", data.steps,
       [{ ys: mean, colour: colour.neutral, dash: [2, 3], wide: 2, name: "mean of layers" }, { ys: mine, colour: colour.content, wide: 2, name: data.layers[l] }], data.last[f], true);
-    const biases = [];
-    if (data.bias.length) {
-      for (const e of shown(l)) biases.push({ ys: data.bias_steps.map((_, i) => data.bias[i * size + l * columns + e]), colour: colour.bias, alpha: 0.8 });
+    if (areas.bias) {
+      const named = columns <= 16, wanted = shown(l), biases = wanted.map((e, i) => ({
+        ys: data.bias_steps.map((_, s) => data.bias[s * size + l * columns + e]), wide: 1.5,
+        colour: shaded(data, colour.bias, wanted.length > 1 ? (2 * i) / (wanted.length - 1) - 1 : 0),
+        dash: [[], [6, 2], [2, 1.5]][i % 3], end: named ? String(e) : "",
+      }));
+      curves(areas.bias, data, `Bias of ${biases.length} experts, added to the affinity · ${data.layers[l]}`, data.bias_steps, biases, data.last[f], false);
     }
-    curves(areas.bias, data, biases.length ? `Bias of ${biases.length} experts, added to the affinity · ${data.layers[l]}` : "Bias: not moved in this run", biases.length ? data.bias_steps : data.steps, biases, data.last[f], false);
     if (areas.domains) {
       const by = new Float32Array(n * columns);
       for (let i = 0; i < n; i++) {
@@ -281,13 +320,12 @@ export function mount(root, bytes) {
       : `Step ${span}, ${data.layers[l]}, ${text}: no token.`;
   }
 
-  // All experts where they can be told apart, else those whose bias ends furthest out.
+  // In the order in which they end; where there are too many, those that end furthest out.
   function shown(l) {
     const columns = data.experts, all = Array.from({ length: columns }, (_, e) => e);
-    if (columns <= 32) return all;
     const end = (data.bias_steps.length - 1) * data.layers.length * columns + l * columns;
     all.sort((a, b) => data.bias[end + a] - data.bias[end + b]);
-    return [...all.slice(0, 16), ...all.slice(-16)];
+    return columns <= 32 ? all : [...all.slice(0, 16), ...all.slice(-16)];
   }
 
   slider.addEventListener("input", () => { follows = slider.value === slider.max; draw(); });
@@ -299,7 +337,7 @@ export function mount(root, bytes) {
     if (row >= 0 && row < data.layers.length) { layer.value = row; draw(); }
   });
   build(); draw();
-  const shape = () => JSON.stringify([data.layers, data.experts, data.groups, data.domains, data.title]);
+  const shape = () => JSON.stringify([data.layers, data.experts, data.groups, data.domains, data.title, data.bias.length > 0]);
   return {
     update(next) { const before = shape(); data = unpack(next); if (shape() !== before) build(); draw(); },
     say(text) { state.textContent = text; },

@@ -32,6 +32,7 @@ from ..files import write_whole
 from ..terminal import displayable
 from . import style
 from .load_history import CLIP, DOMAIN_STEPS, LoadHistory, relative
+from .shades import fan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ _LEAST_PAUSE = 0.25
 _BYTES_PER_SECOND = 4_000_000
 _SHARE_OF_TIME = 0.1
 """… and more where packets are large or slow to make, so that the view never holds the training up."""
-_MOST_BIAS_LINES = 32
+_MOST_BIAS_LINES = 16
 
 
 class ExpertLoad:
@@ -193,12 +194,14 @@ class ExpertLoad:
         heat_map(axes[0, 0], relative(load), history.layers, history.groups)
         axes[0, 0].set_title("load relative to the mean", fontsize=11, fontweight="normal")
         self._violations(axes[0, 1], layer, history.steps[at])
-        self._biases(axes[1, 0], layer)
+        moved = any(history.speeds)  # a bias that stands still needs no chart
+        (self._biases if moved else self._nodes)(axes[1, 0], layer, at)
         self._domains(axes[1, 1], layer, at)
         alt = (
             f"Four panels. A heat map of {len(history.layers)} layers by {history.experts} experts, blue where "
-            "an expert is idle and red where it is overloaded; MaxVio over the steps; the bias of each expert "
-            "over the steps; and the load by text domain."
+            "an expert is idle and red where it is overloaded; MaxVio over the steps; "
+            f"{'the bias of each expert over the steps' if moved else 'the visits to each node'}; and "
+            f"{'the load by text domain' if history.domains else 'the visits to each node'}."
         )
         return fig, alt
 
@@ -227,15 +230,17 @@ class ExpertLoad:
         ax.set(xlabel="training step", ylabel="MaxVio (max / mean − 1)", ylim=(0, top))
         ax.legend(loc="upper center", ncols=2)
 
-    def _biases(self, ax: Any, layer: int) -> None:
+    def _biases(self, ax: Any, layer: int, _at: int) -> None:
         history = self.history
         final = history.bias[-1, layer]
         order = np.argsort(final)
         if len(order) > _MOST_BIAS_LINES:
             half = _MOST_BIAS_LINES // 2
             order = np.concatenate([order[:half], order[-half:]])
-        for expert in order:
-            ax.plot(history.steps, history.bias[:, layer, expert], color=style.colour("bias"), linewidth=0.9)
+        fan(
+            ax, history.steps, [history.bias[:, layer, e].tolist() for e in order], [str(e) for e in order],
+            "bias",
+        )  # fmt: skip
         ax.set(xlabel="training step", ylabel="bias (added to the affinity)")
         ax.set_title(
             f"bias of {len(order)} experts, {history.layers[layer]}", fontsize=11, fontweight="normal"
@@ -252,8 +257,14 @@ class ExpertLoad:
                 fontweight="normal",
             )
             return
+        self._nodes(ax, layer, at)
+
+    def _nodes(self, ax: Any, layer: int, at: int) -> None:
+        history = self.history
         nodes = relative(history.load[at, layer].reshape(history.groups, -1).sum(-1))
         ax.bar(range(history.groups), nodes, **style.bar("communication"))
+        ax.axhline(1.0, color=style.INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.set_xticks(range(history.groups))
         ax.set(xlabel="node (one group of experts)", ylabel="visits relative to the mean")
 
     def _repr_mimebundle_(self, **_options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
