@@ -35,7 +35,7 @@ def readable_bytes(count: int) -> str:
     return f"{count:.0f} B"
 
 
-def cache_by_context(bytes_per_token: Mapping[str, int], tokens: int) -> tuple[Figure, str]:
+def cache_by_context(bytes_per_token: Mapping[str, int], tokens: int) -> tuple[Figure, str, str]:
     """Cached bytes against the context, one line a design, read off at one context.
 
     Args:
@@ -43,7 +43,7 @@ def cache_by_context(bytes_per_token: Mapping[str, int], tokens: int) -> tuple[F
         tokens: the context that is read off, in tokens.
 
     Returns:
-        The figure and its alt text.
+        The figure, its alt text and its caption.
     """
     fig, ax = style.figure(
         "The cache of one conversation", "context (tokens)", "cache (GiB)", size=(8.6, 4.6)
@@ -75,14 +75,18 @@ def cache_by_context(bytes_per_token: Mapping[str, int], tokens: int) -> tuple[F
     ax.set_ylim(0.02, 1500)
     _log_amounts(ax)
     read = ", ".join(f"{name} {readable_bytes(size * tokens)}" for name, size in bytes_per_token.items())
-    return fig, f"Parallel rising lines on two logarithmic axes. At {tokens:,} tokens: {read}."
+    alt = f"Parallel rising lines on two logarithmic axes. At {tokens:,} tokens: {read}."
+    return fig, alt, (
+        "All four grow in proportion to the context. What differs is the height: follow each line to where it meets "
+        "the memory of one GPU."
+    )
 
 
 def decode_by_context(
     contexts: Sequence[int],
     milliseconds: Mapping[str, Sequence[float]],
     millions: Mapping[str, Sequence[float]],
-) -> tuple[Figure, str]:
+) -> tuple[Figure, str, str]:
     """One decode step of one layer against the context: measured time beside counted operations.
 
     Args:
@@ -90,7 +94,7 @@ def decode_by_context(
             times and operations.
 
     Returns:
-        The figure and its alt text.
+        The figure, its alt text and its caption.
     """
     fig, (left, right) = style.figure(
         "One new token in one layer of V3's attention", "cached tokens", None, columns=2, size=(9.0, 4.0)
@@ -112,14 +116,17 @@ def decode_by_context(
         "operations of the expanded form lie far above those of the absorbed one, and the gap widens to the "
         f"right; its time lies above {'everywhere' if above else 'in places only'}."
     )
-    return fig, alt
+    return fig, alt, (
+        "Left on your machine, right on paper. The absorbed form starts flat: its two matrices cost the same however "
+        "many tokens are cached."
+    )
 
 
 def kept_by_directions(
     spectra: Mapping[str, Sequence[float]],
     losses: Mapping[str, Mapping[int, float]],
     floors: Mapping[str, float],
-) -> tuple[Figure, str]:
+) -> tuple[Figure, str, str]:
     """What a few directions keep of all keys and values: their variance, and the model's loss.
 
     Args:
@@ -127,7 +134,7 @@ def kept_by_directions(
         losses: two of them, name → directions kept → loss in nats. floors: name → loss without any cut.
 
     Returns:
-        The figure and its alt text.
+        The figure, its alt text and its caption.
     """
     fig, (left, right) = style.figure(
         "A few directions carry the keys and values", "directions kept", None, columns=2, size=(9.4, 4.6)
@@ -146,16 +153,47 @@ def kept_by_directions(
         right.axhline(loss, color=style.INK, linewidth=1, linestyle=dash, label=name)
     for ax in (left, right):
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handlelength=3.2, frameon=False)
-    first, second = spectra
-    faster = sum(spectra[first]) > 1.05 * sum(spectra[second])
-    chosen, drawn = (row[sorted(row)[len(row) // 2]] for row in losses.values())
     alt = (
-        f"Left: variance kept against directions kept. The curve called {first} rises "
-        f"{'faster than' if faster else 'about as fast as'} the one called {second}. Right: loss against "
-        f"directions kept. Half-way, {' and '.join(losses)} "
-        f"{'lie far apart, the former lower' if drawn > chosen + 0.2 else 'lie close together'}."
+        f"Left: variance kept against directions kept, a curve for each of {' and '.join(spectra)}; both rise to all "
+        f"of it. Right: loss against directions kept, a falling curve for each of {' and '.join(losses)}, and level "
+        f"lines for {' and '.join(floors)}."
     )
-    return fig, alt
+    return fig, alt, (
+        "Left, the steeper a curve, the fewer directions do most of the work. Right, where a curve meets the level "
+        "line of the whole model, the directions left out were not needed."
+    )
+
+
+def loss_by_width(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> tuple[Figure, str, str]:
+    """The recorded study: loss against the width of the latent, each dot a seed, a panel per length of training.
+
+    Args:
+        rows: of ``log.read("latent_width")``. lengths: steps of training, a panel each.
+    """
+    fig, axes = style.figure(
+        "The latent's width against the loss, over seeds", "width of the latent (numbers)", None,
+        columns=len(lengths), size=(9.6, 3.8), sharey=True,
+    )  # fmt: skip
+    for ax, steps in zip(axes, lengths, strict=True):
+        mine = [row for row in rows if row["steps"] == steps and not row["evenly"]]
+        widths = sorted({row["rank"] for row in mine})
+        for width in widths:
+            found = [row["loss"] for row in mine if row["rank"] == width]
+            look = {"color": style.colour("latent"), "linestyle": ""}
+            ax.plot([width] * len(found), found, marker="o", markersize=5, markerfacecolor="none", **look)
+            ax.plot([width], [sum(found) / len(found)], marker="_", markersize=22, markeredgewidth=2.5, **look)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(widths, [str(width) for width in widths])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_title(f"{steps} steps", fontsize=11, fontweight="normal")
+    axes[0].set_ylabel("loss on new text (nats per byte)")
+    return (
+        fig,
+        "Panels by length of training; in each, dots of single seeds and a bar for their mean above every width of the "
+        "latent.",
+        "Every dot is one training. Compare the height of the bars with the spread of the dots before you read an "
+        "order into them.",
+    )
 
 
 def _stroke(name: str) -> dict[str, Any]:

@@ -267,16 +267,24 @@ class ExpertLoad:
         ax.set_xticks(range(history.groups))
         ax.set(xlabel="node (one group of experts)", ylabel="visits relative to the mean")
 
-    def _repr_mimebundle_(self, **_options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The still picture for a page without a kernel, the widget where there is one."""
+    def live_bundle(self) -> dict[str, Any]:
+        """The widget alone, as Jupyter's data."""
         view = self.widget()._repr_mimebundle_()
         view = view[0] if isinstance(view, tuple) else view
-        data = {
-            name: value for name, value in (view or {}).items() if name.startswith("application/vnd.jupyter")
-        }
+        return {n: value for n, value in (view or {}).items() if n.startswith("application/vnd.jupyter")}
+
+    def bundle(self, caption: str = "") -> dict[str, Any]:
+        """The still picture for a page without a kernel, the widget where there is one.
+
+        Args:
+            caption: the sentence under the still picture.
+        """
         if not len(self.history):
-            return {"text/plain": f"{self.title}: no step has been recorded yet", **data}, {}
-        return {**style.bundle(*self.figure()), **data}, {}
+            return {"text/plain": f"{self.title}: nothing to see yet", **self.live_bundle()}
+        return {**style.bundle(*self.figure(), caption), **self.live_bundle()}
+
+    def _repr_mimebundle_(self, **_options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.bundle(), {}
 
 
 def heat_map(ax: Any, ratios: np.ndarray, names: Sequence[str], groups: int = 1) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..config import ModelConfig
+from ..layers.attention import MultiHeadLatentAttention, Step
 from .diagram import Box, diagram
 
 _SHOWN = 3
@@ -134,3 +138,27 @@ def absorption(config: ModelConfig, tokens: int = 4) -> tuple[Figure, str, str]:
             "are cached. What stands at the tips of the long arrows is the same number."
         ),
     )
+
+
+@torch.no_grad()
+def worked_token(
+    attention: MultiHeadLatentAttention, h: Float[Tensor, "T D"], step: Step, token: int = -1
+) -> dict[str, list[float]]:
+    """What a layer makes of one token, for :func:`latent_path`: its own numbers, of head 0 where there are heads.
+
+    Args:
+        attention: the layer. h: hidden states. step: their positions. token: which.
+    """
+    cfg = attention.config
+    cached = attention.latents(h[None], step)
+    c_q = attention.q_a_layernorm(attention.q_a_proj(h[None]))
+    q = attention.queries(attention.q_a_proj(h[None]), step.turns)[0, 0, token]
+    k, v = (one[0, 0, token] for one in attention.keys_values(cached))
+    c, k_rope = cached[0, token].split([cfg.kv_lora_rank, cfg.qk_rope_head_dim])
+    found = {"h": h[token], "c_q": c_q[0, token], "c": c, "k_rope": k_rope, "v": v}
+    found |= {
+        "q": q[: cfg.qk_nope_head_dim],
+        "q_rope": q[cfg.qk_nope_head_dim :],
+        "k": k[: cfg.qk_nope_head_dim],
+    }
+    return {name: values.tolist() for name, values in found.items()}

@@ -1,7 +1,6 @@
-"""Recorded studies: experiments too long for a cell, run once over several seeds, that the lessons read and draw.
+"""The log of a recorded study: one line of JSON per run, under ``data/studies/``.
 
-``python -m dsv3lib.course.studies.balance_ways`` and ``… .latent_width`` repeat them; ``data/studies/`` holds what
-came out, one line of JSON a run. A run that is in the log is not run again, so a study that was stopped goes on.
+A run that is in the log is not run again, so a study that was stopped goes on where it stood.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from dsv3lib.errors import CourseError
 from dsv3lib.files import write_whole
 
-FOLDER = Path(__file__).resolve().parents[3] / "data" / "studies"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "studies"
 """Where the project's own records lie."""
 
 
@@ -30,7 +29,7 @@ def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
     if not path.exists():
         raise CourseError(
-            f"{path.name}: no recorded study there; run `python -m dsv3lib.course.studies.{name}` to make it"
+            f"{path.name}: no recorded study there; run `python -m dsv3lib.studies.{name}` to make it"
         )
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,6 +1,6 @@
 """Study: the same small model with latents of 2 to 64 numbers, over seeds and for two lengths of training.
 
-    python -m dsv3lib.course.studies.latent_width            # about seven minutes on one core
+    python -m dsv3lib.studies.latent_width            # about seven minutes on one core
 
 The model reads the bytes of Python's help topics. It has two dense layers of four heads, whose keys and values are
 128 numbers a token; its hidden state has 64, so a latent of 64 compresses nothing.
@@ -9,7 +9,7 @@ The model reads the bytes of Python's help topics. It has two dense layers of fo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...config import ModelConfig
-from ...model import DeepSeekV3
-from . import FOLDER, record
+from ..config import ModelConfig
+from ..model import DeepSeekV3
+from .log import FOLDER, record
 
 STEPS, LONG_STEPS, SEEDS = 240, 720, (1, 2, 3)
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -88,6 +88,17 @@ def run(rank: int, seed: int, steps: int, evenly: bool = False) -> dict[str, Any
         seen = text[:_UNSEEN].view_as(unseen)
         return {"loss": round(model(unseen, labels=unseen).loss.item(), 4),
                 "loss_seen": round(model(seen, labels=seen).loss.item(), 4)}  # fmt: skip
+
+
+def summary(rows: Sequence[Mapping[str, Any]], steps: int, evenly: bool = False) -> dict[int, list[float]]:
+    """The recorded losses by width of the latent, a value per seed, in nats per byte.
+
+    Args:
+        rows: of ``log.read("latent_width")``. steps: length of training. evenly: see :func:`reader`.
+    """
+    chosen = [row for row in rows if row["steps"] == steps and row["evenly"] == evenly]
+    widths = sorted({row["rank"] for row in chosen})
+    return {width: [row["loss"] for row in chosen if row["rank"] == width] for width in widths}
 
 
 def settings() -> list[dict[str, Any]]:

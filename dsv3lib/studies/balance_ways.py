@@ -1,6 +1,6 @@
 """Study: four ways to balance a mixture of experts, over seeds, from the same weights on the same text.
 
-    python -m dsv3lib.course.studies.balance_ways            # about ten minutes on one core
+    python -m dsv3lib.studies.balance_ways            # about ten minutes on one core
 
 Each run trains ``nano`` for 120 steps of 1,024 tokens. What is asked after the last step is asked of the *frozen*
 model: its loss on documents that training never saw, its balance on the training mixture, and which expert works
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,24 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...config import ModelConfig
-from ...model import DeepSeekV3
-from ...training.balance import domain_load, max_violation, update_bias
-from ...training.comparison import Outcome, compare
-from ...training.data import PackedStream
-from ...training.folder import open_domains
-from ...training.settings import TrainingConfig
-from ...training.specialisation import specialisation_test
-from ...training.tokenizer import default_tokenizer
-from . import FOLDER, record
+from ..config import ModelConfig
+from ..model import DeepSeekV3
+from ..training.loop.balance import domain_load, max_violation, update_bias
+from ..training.loop.comparison import Outcome, compare
+from ..training.loop.settings import TrainingConfig
+from ..training.loop.specialisation import specialisation_test
+from ..training.text.data import PackedStream
+from ..training.text.folder import open_domains
+from ..training.text.tokenizer import default_tokenizer
+from .log import FOLDER, record
 
 STEPS, SEEDS = 120, (1, 2, 3)
 SETTINGS = (
     {"way": "none"},
-    {"way": "sequence", "alpha": 0.001},
+    {"way": "bias", "speed": 0.01},
     {"way": "sequence", "alpha": 0.02},
     {"way": "sequence", "alpha": 0.2},
     {"way": "batch", "alpha": 0.02},
-    {"way": "bias", "speed": 0.01},
 )
 LEARNING_RATE, SEQUENCE, EVERY = 3e-3, 128, 10
 SETTLING = torch.logspace(-2, -3.3, 100).tolist()
@@ -95,13 +95,8 @@ def _of_training(outcome: Outcome, bias: Tensor) -> dict[str, Any]:
         "tail_batch_violation": _rounded(tail.batch_violation.mean(0)),
         "tail_global_violation": _rounded(tail.global_violation()),
         "validation_loss": round(outcome.validation.loss, 5),
-        "bias": _rounded(bias[EVERY - 1 :: EVERY]) if way_moves(outcome) else None,
+        "bias": _rounded(bias[EVERY - 1 :: EVERY]) if outcome.way == "bias" else None,
     }
-
-
-def way_moves(outcome: Outcome) -> bool:
-    """Whether the bias moved in this run."""
-    return outcome.way == "bias"
 
 
 def frozen(outcome: Outcome, way: str, seed: int) -> dict[str, Any]:
@@ -111,7 +106,7 @@ def frozen(outcome: Outcome, way: str, seed: int) -> dict[str, Any]:
     text.next_batch(STEPS * 8)  # past what it was trained on
     if way == "bias":
         settle(model, text)
-    mixture = sum(_load(model, text.next_batch(8).input_ids) for _ in range(24))
+    mixture = sum(expert_load(model, text) for _ in range(24))
     loads, domain = document_loads(model, text)
     test = specialisation_test(loads, domain, 499, torch.Generator().manual_seed(seed))
     by_domain = torch.stack([loads[domain == d].sum(0) for d in range(len(text.domain_names))])
@@ -136,12 +131,14 @@ def settle(model: DeepSeekV3, text: PackedStream, speeds: list[float] | None = N
         speeds: γ of each pass, ``SETTLING`` by default.
     """
     for speed in SETTLING if speeds is None else speeds:
-        for router, load in zip(model.routers(), _load(model, text.next_batch(8).input_ids), strict=True):
+        for router, load in zip(model.routers(), expert_load(model, text), strict=True):
             update_bias(router, load, speed)
 
 
 @torch.no_grad()
-def _load(model: DeepSeekV3, ids: Tensor) -> Int[Tensor, "layers E"]:
+def expert_load(model: DeepSeekV3, text: PackedStream) -> Int[Tensor, "layers E"]:
+    """Visits of the next batch of text to each expert."""
+    ids = text.next_batch(8).input_ids
     return model(ids.to(model.lm_head.weight.device)).expert_load.cpu()
 
 
@@ -167,9 +164,36 @@ def document_loads(
 
 def validation_loss(model: DeepSeekV3, text: PackedStream) -> float:
     """Nats per token over all domains' validation documents."""
-    from ...training.evaluate import evaluate
+    from ..training.loop.evaluate import evaluate
 
     return evaluate(model, text).loss
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The recorded runs by way to balance, each in a few numbers.
+
+    Args:
+        rows: of ``log.read("balance_ways")``.
+
+    Returns:
+        Name (with α) → "seeds": how many; "violation": MaxVio of the frozen model by seed, the mean over layers;
+        "bits": what a domain tells of an expert, likewise; "loss": validation loss less that of the unbalanced
+        run of the same seed, by seed, in nats per token.
+    """
+    base = {row["seed"]: row["settled_validation_loss"] for row in rows if row["way"] == "none"}
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = row["way"] + (f", α = {row['alpha']:g}" if row.get("alpha") else "")
+        one = found.setdefault(name, {"seeds": 0, "violation": [], "bits": [], "loss": []})
+        one["seeds"] += 1
+        one["violation"].append(_mean(row["frozen_violation"]))
+        one["bits"].append(_mean(row["bits"]))
+        one["loss"].append(row["settled_validation_loss"] - base[row["seed"]])
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _thin(rows: Tensor) -> Tensor:
@@ -189,7 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    record("balance_ways", [{"seed": s, **one} for s in asked.seeds for one in SETTINGS], run, asked.out)
+    record("balance_ways", [{"seed": s, **one} for one in SETTINGS for s in asked.seeds], run, asked.out)
 
 
 if __name__ == "__main__":
