@@ -172,8 +172,9 @@ def loss_by_width(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> 
     """
     fig, axes = style.figure(
         "The latent's width against the loss, over seeds", "width of the latent (numbers)", None,
-        columns=len(lengths), size=(9.6, 3.8), sharey=True,
+        columns=len(lengths), size=(9.6, 3.8), sharey=True, squeeze=False,
     )  # fmt: skip
+    axes = axes[0]
     for ax, steps in zip(axes, lengths, strict=True):
         mine = [row for row in rows if row["steps"] == steps and not row["evenly"]]
         widths = sorted({row["rank"] for row in mine})
