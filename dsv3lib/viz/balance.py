@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..training.loop.comparison import Outcome
+from ..training.loop.specialisation import Specialisation
 from . import style
 from .expert_load import heat_map
 from .load_history import relative
@@ -173,15 +174,15 @@ def experts_by_domain(
     by_domain: Int[Tensor, "domains E"],
     domains: Sequence[str],
     layer: str,
-    bits: float,
-    by_chance: Float[Tensor, " shuffles"],
+    test: Specialisation,
+    row: int,
     groups: int,
 ) -> tuple[Figure, str, str]:
     """Who works for which text, and how much of that chance alone would make.
 
     Args:
-        by_domain: visits. domains: their names. layer: its name. bits: what the domain tells of the expert.
-        by_chance: the same with the domains' names shuffled among the documents. groups: of experts.
+        by_domain: visits. domains: their names. layer: its name. test: what the domain tells of the expert, as it
+            is and with the domains' names shuffled among the documents. row: the layer's in it. groups: of experts.
     """
     fig, axes = style.figure(
         "Level in the mixture, uneven in each text",
@@ -193,8 +194,10 @@ def experts_by_domain(
     )
     heat_map(axes[0], relative(by_domain.numpy()), domains, groups)
     axes[0].set_title(f"{layer}: visits relative to the domain's mean", fontsize=11, fontweight="normal")
-    axes[1].hist(by_chance.numpy(), bins=25, **style.bar("communication"), label="names shuffled")
-    axes[1].axvline(bits, color=style.colour("bias"), linewidth=2.5, label="as it is")
+    axes[1].hist(
+        test.by_chance[:, row].numpy(), bins=25, **style.bar("communication"), label="names shuffled"
+    )
+    axes[1].axvline(float(test.bits[row]), color=style.colour("bias"), linewidth=2.5, label="as it is")
     axes[1].set(xlabel="what the domain tells of the expert (bits)", ylabel="shuffles", xlim=(0, None))
     axes[1].legend()
     return (

@@ -26,7 +26,7 @@ def test_bytes_are_said_to_three_digits(count: int, said: str) -> None:
 
 @pytest.mark.parametrize("tokens", cache.CONTEXTS)
 def test_the_reading_at_a_context_is_in_picture_and_alt_text(tokens: int) -> None:
-    fig, alt = cache.cache_by_context(BYTES, tokens)
+    fig, alt, _ = cache.cache_by_context(BYTES, tokens)
     texts = [text.get_text() for text in fig.axes[0].texts]
     assert f"At {tokens:,} tokens" in alt
     for name, size in BYTES.items():
@@ -36,7 +36,7 @@ def test_the_reading_at_a_context_is_in_picture_and_alt_text(tokens: int) -> Non
 
 
 def test_lines_hold_bytes_times_context_and_only_mla_has_the_latent_s_colour() -> None:
-    fig, _ = cache.cache_by_context(BYTES, 4096)
+    fig, _, _ = cache.cache_by_context(BYTES, 4096)
     lines = [one for one in fig.axes[0].lines if len(one.get_xdata()) == len(cache.CONTEXTS)]
     assert len(lines) == len(BYTES)
     for one, (name, size) in zip(lines, BYTES.items(), strict=True):
@@ -46,7 +46,7 @@ def test_lines_hold_bytes_times_context_and_only_mla_has_the_latent_s_colour() -
 
 def test_the_reading_never_leaves_the_axes() -> None:
     for tokens in (cache.CONTEXTS[0], cache.CONTEXTS[-1]):
-        fig, _ = cache.cache_by_context(BYTES, tokens)
+        fig, _, _ = cache.cache_by_context(BYTES, tokens)
         fig.canvas.draw()
         frame = fig.axes[0].get_window_extent()
         for text in fig.axes[0].texts:
@@ -57,7 +57,7 @@ def test_the_reading_never_leaves_the_axes() -> None:
 
 def test_decode_figure_has_both_forms_in_both_panels_and_an_alt_text_without_measurements() -> None:
     contexts = [64, 128, 1024]
-    fig, alt = cache.decode_by_context(
+    fig, alt, _ = cache.decode_by_context(
         contexts,
         {"expanded": [9.7, 17.7, 131.7], "absorbed": [1.7, 1.8, 2.7]},
         {"expanded": [2152.7, 4305.3, 34443.1], "absorbed": [51.4, 69.2, 318.7]},
@@ -70,17 +70,17 @@ def test_decode_figure_has_both_forms_in_both_panels_and_an_alt_text_without_mea
 
 def test_decode_figure_does_not_claim_what_was_not_measured() -> None:
     times = {"expanded": [1.0, 9.0], "absorbed": [2.0, 3.0]}
-    _, alt = cache.decode_by_context([64, 128], times, times)
+    _, alt, _ = cache.decode_by_context([64, 128], times, times)
     assert "in places only" in alt
 
 
 def test_directions_figure_draws_percent_and_both_floors() -> None:
-    fig, alt = cache.kept_by_directions(
+    fig, alt, _ = cache.kept_by_directions(
         {"trained": [0.5, 0.9, 1.0], "untrained": [0.2, 0.4, 0.6]},
         {"best": {1: 3.0, 2: 2.5}, "random": {1: 3.6, 2: 3.5}},
         {"whole model": 2.4, "trained with 8": 2.3},
     )
-    assert "rises faster" in alt and "the former lower" in alt
+    assert "trained and untrained" in alt and "best and random" in alt
     left, right = fig.axes
     assert list(left.lines[0].get_ydata()) == [50, 90, 100]
     assert [line.get_label() for line in right.lines] == ["best", "random", "whole model", "trained with 8"]
@@ -88,9 +88,18 @@ def test_directions_figure_draws_percent_and_both_floors() -> None:
     assert style.png(fig).startswith(b"\x89PNG")
 
 
-def test_directions_figure_says_so_where_training_made_no_difference() -> None:
-    same = [0.2, 0.4, 0.6]
-    _, alt = cache.kept_by_directions(
-        {"trained": same, "untrained": same}, {"best": {1: 5.5, 2: 5.4}, "random": {1: 5.5, 2: 5.5}}, {}
-    )
-    assert "about as fast as" in alt and "close together" in alt
+ROWS = [
+    {"rank": rank, "seed": seed, "steps": steps, "evenly": False, "loss": 2 + 0.01 * rank + 0.1 * seed}
+    for rank in (2, 8) for seed in (1, 2) for steps in (240, 720)
+]  # fmt: skip
+
+
+def test_every_seed_is_a_dot_and_every_mean_a_bar() -> None:
+    fig, alt, caption = cache.loss_by_width(ROWS, [240, 720])
+    for ax in fig.axes:
+        dots = [line for line in ax.lines if line.get_marker() == "o"]
+        bars = [line for line in ax.lines if line.get_marker() == "_"]
+        assert [len(line.get_ydata()) for line in dots] == [2, 2]
+        assert [line.get_ydata()[0] for line in bars] == pytest.approx([2.17, 2.23])
+    assert "seeds" in alt and caption != alt
+    assert len(cache.loss_by_width(ROWS, [240])[0].axes) == 1

@@ -47,7 +47,7 @@ def unpack(packet):
     return header, arrays
 
 
-def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9, seed=0):
+def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9, seed=0, speed=0.01):
     draw, history = (
         np.random.default_rng(seed),
         LoadHistory([f"layer {i}" for i in range(layers)], experts, groups, domains),
@@ -55,7 +55,7 @@ def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9,
     for step in range(1, steps + 1):
         parts = {d: draw.integers(0, largest + 1, (layers, experts)) for d in domains}
         total = sum(parts.values()) if parts else draw.integers(0, largest + 1, (layers, experts))
-        history.add({"step": step, "expert_load": total, "domain_load": parts, "bias_speed": 0.01})
+        history.add({"step": step, "expert_load": total, "domain_load": parts, "bias_speed": speed})
     return history
 
 
@@ -114,7 +114,7 @@ def test_a_packet_of_v3s_size_stays_within_bounds(monkeypatch):
 def test_an_empty_view_can_be_shown(monkeypatch):
     view = ExpertLoad.of_model(SIZE)
     data, _ = view._repr_mimebundle_()
-    assert "no step has been recorded" in data["text/plain"]
+    assert "nothing to see yet" in data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in data
     assert "No step has been recorded" in view.page()
     with pytest.raises(InputError, match="nothing has been recorded"):
@@ -145,6 +145,8 @@ def test_the_still_picture_has_all_panels_and_words(run):
     assert 'src="data:image/png;base64,' in data["text/html"] and 'alt="' in data["text/html"]
     nodes, _ = ExpertLoad(made_up(3, domains=())).figure()
     assert any("node" in ax.get_xlabel() for ax in nodes.axes)
+    still = ExpertLoad(made_up(3, speed=0.0))  # a bias that stands still gets no empty chart
+    assert not any("bias" in ax.get_ylabel() for ax in still.figure()[0].axes)
     for wrong, name in (
         ({"step": 9}, "step: 9"),
         ({"layer": 2}, "layer: 2"),

@@ -122,17 +122,15 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _check_absorbed(answer: Callable[..., Tensor]) -> None:
     _check_attention(answer)
-    heads, tokens, k, r, v, c = 8, 512, 32, 4, 32, 16
+    heads, tokens, k, r, v, c = 8, 512, 32, 4, 24, 16
     inputs = _attention_inputs(torch.Generator().manual_seed(4), heads, tokens, k, r, v, c)
     with _Made() as made:
         answer(*inputs)
     largest = max(heads * tokens, tokens * (c + r), heads * max(k, v) * c)  # scores, what is cached, weights
     if made.numel > largest:
-        what = (
-            "the matrices of all heads merged"
-            if made.numel == heads * k * v
-            else f"keys or values of {tokens} tokens"
-        )
+        kind = {k: "keys", v: "values"}.get(made.shape[-1], "keys or values")
+        merged = made.numel == heads * k * v * c
+        what = "the matrices of all heads merged" if merged else f"{kind} of {tokens} tokens"
         raise Rejected(
             f"the result is right, but on the way a tensor of shape {made.shape} is made ({what}). Absorption never "
             f"builds that: nothing larger than the latents or the scores ({largest:,} numbers here) is needed."
@@ -254,7 +252,7 @@ EXERCISES = (
         id="mla.2",
         title="attention, with everything unpacked",
         dots=2,
-        minutes=10,
+        minutes=7,
         prompt=(
             "Write `attend_expanded`: one new token's query against all cached tokens. Make each head's "
             "keys and values from the latents first, then attend as usual: score (content plus position, "
@@ -298,7 +296,7 @@ EXERCISES = (
         id="mla.3",
         title="the same attention, never unpacked",
         dots=2,
-        minutes=12,
+        minutes=8,
         prompt=(
             "Write `attend_absorbed`: the same result from the same arguments, but build no key and no "
             "value, not even one head's. The check looks at every tensor that your function makes."

@@ -107,7 +107,7 @@ EXERCISES = (
         id="mla.4",
         title="the cache in FP8",
         dots=1,
-        minutes=6,
+        minutes=4,
         prompt=(
             "In an FP8 cache each latent number takes one byte. Every `tile` numbers of the latent (the "
             "last tile may be shorter) share a scale of four bytes; the position key stays in BF16, two "
@@ -155,7 +155,7 @@ EXERCISES = (
         id="mla.5",
         title="where unpacking begins to pay",
         dots=3,
-        minutes=15,
+        minutes=10,
         prompt=(
             "When a prompt is read, many queries meet the same cached token, and all of them can share one "
             "unpacking. Per cached token and layer, unpacking costs `2 · d_c · heads · (d_h + d_v)` "

@@ -151,7 +151,7 @@ EXERCISES = (
         id="routing.3",
         title="the update",
         dots=1,
-        minutes=5,
+        minutes=4,
         prompt=(
             "Write `update`: the bias after a step in which the experts received `load` tokens. A step is "
             "γ down for an expert with more than the mean, γ up for one with less, and nothing for one "
@@ -231,7 +231,7 @@ EXERCISES = (
         id="routing.5",
         title="the other way: a loss over a sequence",
         dots=3,
-        minutes=15,
+        minutes=12,
         prompt=(
             "V3 keeps a weak balance loss beside the bias. For one sequence of T tokens it is $α Σ_i f_i "
             "P_i$. Here `f_i = N_r / (K_r · T)` times the number of tokens that have expert i among the "

@@ -264,7 +264,7 @@ EXERCISES = (
         id="routing.1",
         title="the bias chooses, the affinity weighs",
         dots=1,
-        minutes=6,
+        minutes=5,
         prompt=(
             "Write `choose`, without groups: each token's `k` best experts by affinity plus bias, and "
             "their gate values: the affinities of the chosen, normalised to sum to `scale`. Return "
@@ -328,7 +328,7 @@ EXERCISES = (
         id="routing.2",
         title="close all groups but the best",
         dots=2,
-        minutes=8,
+        minutes=6,
         prompt=(
             "Experts lie in order in `groups` groups of equal size. Write `close_groups`: a group is as "
             "good as the sum of its two best biased affinities; the `kept` best groups of each token stay "

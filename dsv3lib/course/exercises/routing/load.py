@@ -109,7 +109,7 @@ EXERCISES = (
         id="routing.4",
         title="copies over the slow wire",
         dots=2,
-        minutes=8,
+        minutes=5,
         prompt=(
             "Experts lie in order on `nodes` machines, equally many on each. Write `nodes_used`: on how "
             "many different machines each token's experts lie. So many copies of the token cross the "
@@ -187,7 +187,7 @@ EXERCISES = (
         id="routing.6",
         title="who waits for whom",
         dots=2,
-        minutes=8,
+        minutes=5,
         prompt=(
             "Experts lie in order on `devices` GPUs, equally many on each, and a token costs the same time "
             "everywhere. A layer is done when its fullest GPU is done. Write `waiting`: the share of all "
