@@ -36,11 +36,9 @@ _ROWS = (
     ("01_mla_latent_cache", "mla", 75, "attention latent cache", "one small latent instead of all keys and values"),
     ("02_decoupled_rope", "rope", 70, "attention rope", "the position travels beside the latent, not through it"),
     ("03_bias_based_routing", "routing", 75, "router experts", "a bias balances the experts, without a loss"),
-=======
     ("01_mla_latent_cache", "mla", 75, "attention latent cache", "one small latent instead of all keys and values"),
-    ("02_decoupled_rope", "rope", 50, "attention rope", "the position travels beside the latent, not through it"),
+    ("02_decoupled_rope", "rope", 70, "attention rope", "the position travels beside the latent, not through it"),
     ("03_bias_based_routing", "routing", 75, "router experts", "a bias balances the experts, without a loss"),
->>>>>>> 4833927 (Answers tried for real, slips named; the table of symbols is found under its name)
     ("04_mtp_chain", "mtp", 50, "mtp head loss", "predicting further, one causal step at a time"),
     ("05_fp8_tile_quantization", "fp8", 60, "precision", "eight bits, one scale for each tile"),
     ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from ..config import ModelConfig
-from ..costs import attention_flops_per_cached_token
 from ..layers.attention import MultiHeadLatentAttention
+from ..model.costs import attention_flops_per_cached_token
 
 FORMS = ("expanded", "absorbed")
 

@@ -110,7 +110,7 @@ def drift(bias: Float[np.ndarray, "steps E"], layer: str) -> tuple[Figure, str, 
         )
         ax.set_title(f"{layer}, {title}", fontsize=11, fontweight="normal")
         ax.set(xlabel="training step", ylabel="bias (added to the affinity)")
-        ax.legend(loc="upper left")
+        ax.legend(loc="best")
     return (
         fig,
         "Two panels with a curve per expert. Left, as the rule moves the biases: the curves fan out and their dashed "
@@ -152,7 +152,7 @@ def ways_compared(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, str, str]:
     left.legend(fontsize=8.5, loc="best")
     right.set_yticks(range(len(kinds)), [_NAMES[w] + ("" if a is None else f", {a:g}") for w, a in kinds])
     right.invert_yaxis()
-    right.set(xlabel="what the text's domain tells of the expert (bits)")
+    right.set(xlabel="a domain tells of the expert (bits)")
     right.set_xlim(0, None)
     return (
         fig,

@@ -152,7 +152,7 @@ def worked_token(
     cfg = attention.config
     cached = attention.latents(h[None], step)
     c_q = attention.q_a_layernorm(attention.q_a_proj(h[None]))
-    q = attention.queries(attention.q_a_proj(h[None]), step.turns)[0, 0, token]
+    q = attention.queries(h[None], step)[0, 0, token]
     k, v = (one[0, 0, token] for one in attention.keys_values(cached))
     c, k_rope = cached[0, token].split([cfg.kv_lora_rank, cfg.qk_rope_head_dim])
     found = {"h": h[token], "c_q": c_q[0, token], "c": c, "k_rope": k_rope, "v": v}

@@ -259,7 +259,7 @@ def test_solution_is_shown_folded(capsys: pytest.CaptureFixture[str], progress_f
 
 def test_exercise_shows_task_dots_and_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     course.exercise("mla.5")
-    assert "●●● · 10 minutes" in capsys.readouterr().out
+    assert "●●● · 9 minutes" in capsys.readouterr().out
 
 
 def test_progress_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every exercise: its solution and other natural ways pass, each natural slip is rejected by a sentence that names it."""
+"""Every exercise: its solution and other natural ways pass; each natural slip is rejected and named."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ EXERCISES = (
         id="mla.2",
         title="attention, with everything unpacked",
         dots=2,
-        minutes=7,
+        minutes=6,
         prompt=(
             "Write `attend_expanded`: one new token's query against all cached tokens. Make each head's "
             "keys and values from the latents first, then attend as usual: score (content plus position, "

@@ -155,7 +155,7 @@ EXERCISES = (
         id="mla.5",
         title="where unpacking begins to pay",
         dots=3,
-        minutes=10,
+        minutes=9,
         prompt=(
             "When a prompt is read, many queries meet the same cached token, and all of them can share one "
             "unpacking. Per cached token and layer, unpacking costs `2 · d_c · heads · (d_h + d_v)` "
