@@ -73,7 +73,7 @@ def interference(
         between the two gradients; "reach": share of the parameters that the auxiliary gradient changes.
     """
     draw = torch.Generator().manual_seed(0)
-    length = share * float(nn.utils.parameters_to_vector(model.parameters()).norm())
+    length = share * float(nn.utils.parameters_to_vector(model.parameters()).detach().norm())
     held = [text.next_batch(8) for _ in range(2)]
     start = _loss(model, held)
     rows = []

@@ -61,7 +61,7 @@ def before_and_after(runs: Mapping[str, Outcome]) -> tuple[Figure, str, str]:
     )
 
 
-def steps_of_gamma(violations: Mapping[float, Sequence[float]]) -> tuple[Figure, str, str]:
+def steps_of_gamma(violations: Mapping[float | int, Sequence[float] | Tensor]) -> tuple[Figure, str, str]:
     """MaxVio while a bias is found on frozen affinities, one panel per γ.
 
     Args:

@@ -388,7 +388,7 @@ found = small.summary(study, steps=240)
 mean = {width: sum(row) / len(row) for width, row in found.items()}
 rows = [[n, len(row), f"{mean[n]:.2f}", f"{min(row):.2f} to {max(row):.2f}"]
         for n, row in found.items()]  # fmt: skip
-even = small.summary(study, steps=240, evenly=True)[64]  # keys and values start as small as with 8
+even = small.summary(study, steps=240, evenly=True)[64]  # starts as small as with 8
 level = sum(even) / len(even)
 rows += [["64, small start", len(even), f"{level:.2f}", f"{min(even):.2f} to {max(even):.2f}"]]
 table(["width", "seeds", "mean loss", "lowest to highest"], rows, caption="After 240 steps")
