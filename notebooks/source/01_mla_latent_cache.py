@@ -375,8 +375,8 @@ assert need["trained"] < need["untrained"]
 assert losses["best directions"][8] < losses["random directions"][8]
 
 # %% [markdown]
-# **Training itself makes keys and values low-rank, and the directions that it uses are the ones that count**
-# <!-- claim: directions -->. And a model that has to live with few numbers from the start? One run is no answer, since runs differ by
+# **Training itself makes keys and values low-rank, and the directions that it uses are the ones that count** <!-- claim: directions -->.
+# And a model that has to live with few numbers from the start? One run is no answer, since runs differ by
 # their seed. Recorded (`python -m dsv3lib.studies.latent_width`): six widths, three seeds. <!-- claim: width -->
 
 # %% tags=["claim:width"]

@@ -284,7 +284,7 @@ assert max(drifts) > 0.01
 #
 # Closed groups get $-\infty$. A `0` looks harmless, because affinities are positive. The released biases are said to be all
 # positive as well (public issues report the least about $+2$, most about $+5$). Count the tokens that reach an expert in a
-# closed group, with biases at three levels.
+# closed group, with biases at several levels.
 
 # %% tags=["claim:mask"]
 from dsv3lib.studies.frozen_router import forbidden_visits
@@ -292,17 +292,18 @@ from dsv3lib.studies.frozen_router import forbidden_visits
 s = torch.rand(1000, 8, generator=session.generator)
 b = 0.3 * torch.randn(8, generator=session.generator)
 rows = []
-for name, level in (("about +5, as released", 5.0), ("centred", 0.0), ("about −1", -1.0)):
+levels = {"about +5, as released": 5.0, "centred": 0.0, "about −1": -1.0, "about −2": -2.0}
+for name, level in levels.items():
     steered = s + (b - b.mean() + level)
     found = [100 * float(forbidden_visits(fill, steered, nano)) for fill in (-torch.inf, 0.0)]
     rows.append([name, *(f"{x:.0f} %" for x in found)])
 table(["biases", "mask −∞", "mask 0"], rows, caption="Tokens with an expert in a closed group")
-assert [row[1] for row in rows] == ["0 %"] * 3
-assert rows[0][2] == "0 %" and rows[1][2] != "0 %" and rows[2][2] == "100 %"
+assert [row[1] for row in rows] == ["0 %"] * 4
+assert rows[0][2] == rows[1][2] == "0 %" != rows[2][2] and rows[3][2] == "100 %"
 
 # %% [markdown]
-# **On the released weights both masks agree; with biases around or below 0 a mask of 0 is wrong** <!-- claim: mask -->. A port
-# can pass every test on the released model and fail in its owner's first training.
+# **On the released weights both masks agree; where biases lie well below 0, a mask of 0 is wrong** <!-- claim: mask -->. A port can
+# pass every test on the released model and fail in its owner's first training, where the biases drift as they like.
 #
 # ### The bias in the gate value
 #
@@ -493,7 +494,7 @@ level, chance = max_violation(mixture).max(), test.by_chance[:, 1].mean()
 measured(f"MaxVio of the frozen model on the mixture: {level:.2f}. Bits: {test.bits[1]:.3f}, "
          f"by chance {chance:.3f}, p = {test.p_value[1]:.3f}.")  # fmt: skip
 assert FAST or level < 0.6
-assert float(test.p_value.min()) >= 1 / (1 + shuffles)
+assert float(test.p_value.min()) * (1 + shuffles) > 0.999
 assert min(min(b) - max(c) for b, c in [(r["bits"], r["bits_by_chance"]) for r in balanced]) > 0
 
 # %% [markdown]
