@@ -35,7 +35,7 @@ def test_check_shows_and_keeps_the_outcome(capsys: pytest.CaptureFixture[str], p
     assert capsys.readouterr().out.startswith("Open · exercise mla.1")
     assert not progress_file.exists()
     course.check("mla.1", lambda *a: 1)
-    assert "should be 70,272; you returned 1" in capsys.readouterr().out
+    assert "should be a tensor; you returned int 1" in capsys.readouterr().out
     assert kept(progress_file)["exercises"]["mla.1"] == {"state": "wrong", "tries": 1}
     course.check("mla.1", find("mla.1").solution)
     assert capsys.readouterr().out.startswith("Right")
@@ -59,8 +59,8 @@ def test_solution_is_shown_folded(capsys: pytest.CaptureFixture[str], progress_f
 
 
 def test_exercise_shows_task_dots_and_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    course.exercise("mla.4")
-    assert "●●● · 15 minutes" in capsys.readouterr().out
+    course.exercise("mla.5")
+    assert "●●● · 9 minutes" in capsys.readouterr().out
 
 
 def test_progress_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,8 +286,8 @@ def test_public_names_load_when_asked_for() -> None:
 def test_check_returns_what_later_cells_use(capsys: pytest.CaptureFixture[str]) -> None:
     reference = find("mla.1").solution
 
-    def own(layers: int, kv_rank: int, rope_dim: int, width: int) -> int:
-        return layers * width * (rope_dim + kv_rank)
+    def own(h, W_DKV, W_KR, norm, rope):
+        return torch.hstack([norm(h @ W_DKV.T), rope(h @ W_KR.T)])
 
     assert course.check("mla.1", own) is own
     assert "reference meanwhile" not in capsys.readouterr().out
@@ -299,9 +299,9 @@ def test_check_returns_what_later_cells_use(capsys: pytest.CaptureFixture[str]) 
 def test_a_right_answer_stands_beside_the_reference_and_an_open_one_folds_it(tmp_path: Path) -> None:
     from dsv3lib.course import answer
 
-    module = lesson_module(tmp_path, "def cache_bytes(n, c, r, b):\n    return (c + r) * n * b  # mine\n")
-    beside = answer._beside(find("mla.1"), module.cache_bytes)
-    assert beside.index("# mine") < beside.index("the reference") < beside.index("def cache_bytes(layers")
+    module = lesson_module(tmp_path, "def compress(h, a, b, n, r):\n    return n(h @ a.T)  # mine\n")
+    beside = answer._beside(find("mla.1"), module.compress)
+    assert beside.index("# mine") < beside.index("the reference") < beside.index("def compress(h, W_DKV")
     assert "<details" not in beside
     assert "<details style" in answer._reference(find("mla.1"), is_open=False), "folded on the page"
 
