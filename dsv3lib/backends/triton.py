@@ -7,7 +7,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..kernels.attention.latent_format import TILE
 from ..kernels.attention.mla_decode import PAGE
 from ..kernels.elementwise.gated import swiglu
 from ..kernels.elementwise.latent import norm_and_turn
@@ -22,6 +21,7 @@ from ..layers.norm import RMSNorm
 from ..layers.operations import Dispatched
 from ..layers.router import Router
 from ..layers.step import Step
+from ..numerics import TILE
 from ..recompute import run
 from . import triton_attention
 from .chosen import Chosen

@@ -16,9 +16,7 @@ from ..checks import require, require_integer
 from ..config import ModelConfig
 from ..model import DeepSeekV3
 from ..model.costs import forward_flops
-
-TILE = 128
-"""Values that share an FP32 scale where something is kept or sent in FP8 (§3.3.2)."""
+from ..numerics import TILE
 
 
 @dataclass(frozen=True)

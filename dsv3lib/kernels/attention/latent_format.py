@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import E4M3_MAX, TILE
 from ..quantize.reference import scale_and_inverse_ref
 from ..quantize.rounding import scale_and_inverse, size_bits
 from ..toolchain import tuning
@@ -27,8 +28,6 @@ from ..toolchain.checks import require_dtype, require_multiple, require_rows, re
 from ..toolchain.language import jit, row_offset, tl, to_bf16, to_e4m3, triton
 from ..toolchain.targets import on_device, on_triton, require_fp8
 
-TILE = 128  # values of the latent that share a scale
-E4M3_MAX = 448.0
 SCALE_BYTES = 4
 ROPE_BYTES = 2
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -33,17 +33,17 @@ from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import LOG2E, TILE
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_multiple, require_shape
 from ..toolchain.language import TensorDescriptor, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
-from .latent_format import TILE, dequantize_latent_ref, split_stored, stored_bytes
+from .latent_format import dequantize_latent_ref, split_stored, stored_bytes
 from .mla_decode_kernels import MOST_SPLITS, PAGE, mla_decode_join_kernel, mla_decode_kernel
 
 MOST_TOKENS = 2**31 - 1  # in a cache
 MOST_NEW = 4  # new tokens a call: one, and what speculation drafted
 START_PAGES = 2  # what a split costs beyond its pages, in pages: queries in, partial results out and in again
-LOG2E = 1.4426950408889634  # exp(x) = exp2(x · log2 e): the hardware has exp2
 COPY_BYTES = 16  # the copy engine wants rows that start on such a border
 __all__ = ["as_pages", "mla_decode", "mla_decode_ref", "plan_splits"]
 

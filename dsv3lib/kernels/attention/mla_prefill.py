@@ -25,6 +25,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import LOG2E
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, triton
@@ -32,7 +33,6 @@ from ..toolchain.targets import on_device, on_triton
 from . import mla_prefill_backward
 from .spans import Spans, attention_spans
 from .tiles import (
-    LOG2E,
     Operands,
     bounds,
     load_rows,

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics import LOG2E
 from ..toolchain import tuning
 from ..toolchain.language import jit, row_offset, tl, triton
 from ..toolchain.targets import on_device
 from .spans import Spans
 from .tiles import (
-    LOG2E,
     Operands,
     block,
     bounds,

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..toolchain import tuning
 from ..toolchain.language import INTERPRETED, TensorDescriptor, jit, row_offset, tl, triton
 
-LOG2E = 1.4426950408889634  # exp(x) = exp2(x · log2 e): the hardware has exp2
 COPY_BYTES = 16  # the copy engine wants rows that start on such a border
 LEAST_BLOCK = 16  # the least that a matrix product takes
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..toolchain.language import INTERPRETED, TensorDescriptor, jit, tl
 
-TILE = 128  # elements of K that share a scale, and after which sums are promoted: the paper's N_C
-
 
 def describe(x: Tensor, rows: int, cols: int) -> Any:
     """A descriptor for the copy engine: it fetches [rows, cols] at once and fills with zeros past the edge."""

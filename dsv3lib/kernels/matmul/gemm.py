@@ -29,11 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import TILE
 from ..toolchain import tuning
 from ..toolchain.checks import ALIGNMENT, require_aligned, require_dtype, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
-from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
+from .fp8_slices import describe, place, sum_of_slices, sum_of_tiled_slices
 from .gemm_few_rows import launch_few_rows
 
 E4M3 = torch.float8_e4m3fn

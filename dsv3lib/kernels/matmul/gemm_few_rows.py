@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics import TILE
 from ..toolchain import tuning
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import processors
-from .fp8_slices import TILE, describe, promote
+from .fp8_slices import describe, promote
 
 LEAST_SLICES = 4  # of K in a part, when K is split: fewer would not fill the pipeline
 

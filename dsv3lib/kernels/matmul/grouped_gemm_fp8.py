@@ -19,11 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import TILE
 from ..toolchain import tuning
 from ..toolchain.checks import require_aligned, require_dtype, require_multiple, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
 from ..toolchain.targets import on_device, on_triton, processors, require_fp8
-from .fp8_slices import TILE, describe, place, sum_of_slices, sum_of_tiled_slices
+from .fp8_slices import describe, place, sum_of_slices, sum_of_tiled_slices
 from .gemm import E4M3, OUTPUTS, gemm_fp8_ref
 from .group_plan import make_plan, padded, rows_of_groups
 from .grouped_gemm import COUNTS

@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import KernelError
+from ...numerics import E4M3_MAX, TILE
 
-TILE = 128  # elements that share a scale along the inner dimension; V3's N_C
-E4M3_MAX = 448.0  # 1.75 · 2^8
 E5M6_MAX = 65024.0  # (2 - 2^-6) · 2^15
 LEAST_SCALE = 2.0**-126  # FP32's smallest normal number: below it neither a scale nor its inverse is exact
 
