@@ -59,7 +59,7 @@ T = {
 }
 PLAN: dict[str, dict[str, Any]] = {
     "weights": {"preset": "nano", "steps": 300, "every": 10, "batch": 4, "seq_len": 64},
-    "outliers": {"preset": "nano", "steps": 200, "batch": 16, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 1e6)},
+    "outliers": {"preset": "nano", "steps": 150, "batch": 8, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 1e6)},
     "weights tiny": {"preset": "tiny", "steps": 60, "every": 20, "batch": 4, "seq_len": 64},
     "runs": {"preset": "nano", "seeds": 16, "steps": 60, "arms": ("jitter", "tile")},
     "controls": {
@@ -139,21 +139,27 @@ def losses_of(config: ModelConfig, text: Text, seed: int, steps: int, arm: str) 
 
 def along_a_run(plan: dict[str, Any], text: Text) -> list[dict[str, Any]]:
     """Each recipe's effect every few steps of one FP32 run."""
-    config = config_of(plan["preset"], text.tokenizer.vocab_size)
-    model, found = fresh(config, 0), []
+    model, found = fresh(config_of(plan["preset"], text.tokenizer.vocab_size), 0), []
     ids = text.stream(99, plan["seq_len"]).next_batch(plan["batch"]).input_ids
     for record in trained(model, text, 0, plan["steps"]):
-        if record["step"] % plan["every"]:
-            continue
-        row = {"step": record["step"], "loss": round(record["losses"]["main"], 5)}
-        made = effects(model, ids, recipes())
-        row["effects"] = {name: one.to_dict() for name, one in made.items()}
-        planted = {
-            n: with_outliers(r, OUTLIER, EVERY_TOKEN) for n, r in recipes().items() if n in ("tile", "tensor")
-        }
-        made = effects(model, ids, planted, with_outliers(PLAIN, OUTLIER, EVERY_TOKEN))
-        row["with outliers"] = {name: one.to_dict() for name, one in made.items()}
-        found.append(row)
+        if record["step"] % plan["every"] == 0:
+            made = {name: one.to_dict() for name, one in effects(model, ids, recipes()).items()}
+            found.append(
+                {"step": record["step"], "loss": round(record["losses"]["main"], 5), "effects": made}
+            )
+    return found
+
+
+def with_planted_outliers(plan: dict[str, Any], text: Text) -> list[dict[str, Any]]:
+    """After an FP32 run: loss and gradient with outliers of growing size in the inputs of the linear layers."""
+    model, found = fresh(config_of(plan["preset"], text.tokenizer.vocab_size), 0), []
+    for _ in trained(model, text, 0, plan["steps"]):
+        pass
+    ids = text.stream(99, plan["seq_len"]).next_batch(plan["batch"]).input_ids
+    for size in plan["sizes"]:
+        planted = {n: with_outliers(recipes()[n], size, EVERY_TOKEN) for n in ("tile", "tensor")}
+        made = effects(model, ids, planted, with_outliers(PLAIN, size, EVERY_TOKEN))
+        found.append({"size": size, "effects": {name: one.to_dict() for name, one in made.items()}})
     return found
 
 

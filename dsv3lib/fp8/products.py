@@ -26,6 +26,8 @@ from ..kernels.quantize.reference import TILE
 from ..kernels.toolchain.targets import on_triton
 from .operands import Groups, Operand, aligned
 
+NAMES = ("fprop", "dgrad", "wgrad", "grouped_fprop", "grouped_dgrad", "grouped_wgrad")
+
 
 def fprop(x: Operand, weight: Operand, dtype: torch.dtype) -> Float[Tensor, "M O"]:
     """y = x Wᵀ.

@@ -143,7 +143,7 @@ def error_against_k(ks: Sequence[int], curves: Mapping[str, Sequence[float]]) ->
         ks: lengths of the sum. curves: label -> error relative to the sum of sizes.
     """
     fig, ax = style.figure(
-        "A short accumulator loses more the longer it sums; promoted, it does not", "K (products in a sum)",
+        "A short accumulator loses more the longer it sums", "K (products in a sum)",
         "largest error (%)",
     )  # fmt: skip
     looks = ("backward-input", "rope", "forward", "content", "bias", "neutral", "latent")
