@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from gpu_cases import PAGE, mean_relative, noise, uneven
 from gpu_peers import difference
 from gpu_timing import Stopwatch
+from gpu_work import PAGE, mean_relative, noise, uneven
 from torch import Tensor
 from tqdm import tqdm
 

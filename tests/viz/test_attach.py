@@ -158,10 +158,11 @@ def test_padding_is_not_counted_while_generating():
     assert (view.history.load[1:].sum(-1) == 2 * 3).all() and len(view.history) == 3
 
 
-def test_our_own_model_run_again_during_backward_is_counted_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_our_own_model_run_again_during_backward_is_counted_once(reentrant):
     model, ids = build(small()), tokens(small(), 2, 7)
-    view = ExpertLoad.attach(model)
-    checkpoint(lambda i: model(i, labels=i).loss, ids, use_reentrant=False).backward()
+    view, weight = ExpertLoad.attach(model), torch.ones(1, requires_grad=True)
+    checkpoint(lambda i, w: model(i, labels=i).loss * w, ids, weight, use_reentrant=reentrant).sum().backward()
     assert len(view.history) == 1
 
 
