@@ -32,7 +32,7 @@ def shades(meaning: str, count: int) -> list[str]:
 
 
 def fan(
-    ax: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], names: Sequence[str], meaning: str
+    ax: Axes, x: Sequence[float | int], lines: Sequence[Sequence[float]], names: Sequence[str], meaning: str
 ) -> None:
     """Draw lines of one meaning, ordered by where they end: shade, dash and a name at the end tell them apart.
 

@@ -78,12 +78,12 @@ def test_directions_figure_draws_percent_and_both_floors() -> None:
     fig, alt, _ = cache.kept_by_directions(
         {"trained": [0.5, 0.9, 1.0], "untrained": [0.2, 0.4, 0.6]},
         {"best": {1: 3.0, 2: 2.5}, "random": {1: 3.6, 2: 3.5}},
-        {"whole model": 2.4, "trained with 8": 2.3},
+        {"whole model": 2.4, "another": 2.3},
     )
     assert "trained and untrained" in alt and "best and random" in alt
     left, right = fig.axes
     assert list(left.lines[0].get_ydata()) == [50, 90, 100]
-    assert [line.get_label() for line in right.lines] == ["best", "random", "whole model", "trained with 8"]
+    assert [line.get_label() for line in right.lines] == ["best", "random", "whole model", "another"]
     assert not any(character.isdigit() for character in alt)
     assert style.png(fig).startswith(b"\x89PNG")
 
