@@ -90,7 +90,7 @@ def test_the_command_trains_one_way_or_compares_several(tmp_path, capsys, monkey
         "--threads",
         "1",
     ]
-    common += ["--without", *text]
+    common += ["--text", "small", "--without", *text]
     assert main(["train", *common, "--balance", "batch", "--out", str(tmp_path / "one")]) == 0
     training = read_log(tmp_path / "one").header["training"]
     assert training["aux_loss_over"] == "batch" and training["bias_speed"] == 0

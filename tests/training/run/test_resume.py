@@ -23,6 +23,8 @@ TIMED = ("seconds", "tokens_per_second")  # the only values of a step that may d
 COMMON = [
     "--preset",
     "nano",
+    "--text",
+    "small",
     "--seq-len",
     "16",
     "--batch-size",
