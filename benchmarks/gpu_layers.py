@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
+from dsv3lib.backends import choose
 from dsv3lib.kernels.toolchain import targets
 from dsv3lib.layers.attention import MultiHeadLatentAttention, Step
 from dsv3lib.layers.experts import MixtureOfExperts
@@ -48,15 +49,28 @@ def layers(device: torch.device, config: ModelConfig, tokens: int) -> Iterator[R
     grad = torch.randn_like(x)
     with device:
         attention = fresh(MultiHeadLatentAttention(config, 0), dtype)
-    step = Step(rotations=RotaryEmbedding(config).table(tokens, x))
-    yield Run("MLA forward", tokens, no_grad(lambda: attention(x, step)))
-    yield Run("MLA forward and backward", tokens, gradient(lambda: attention(x, step), attention, x, grad))
+    rotations = RotaryEmbedding(config).table(tokens, x)
+
+    def attend() -> Tensor:
+        return attention(x, Step(rotations, backend=choose(x)))
+
+    yield Run("MLA forward", tokens, no_grad(attend))
+    yield Run("MLA forward and backward", tokens, gradient(attend, attention, x, grad))
     del attention
     with torch.device("meta"):
         mixture = MixtureOfExperts(config)
     mixture = fresh(mixture.to_empty(device=device), dtype)
-    yield Run("MoE forward", tokens, no_grad(lambda: mixture(x)[0]))
-    yield Run("MoE forward and backward", tokens, gradient(lambda: mixture(x)[0], mixture, x, grad))
+
+    def mix() -> Tensor:
+        """The mixture as a block runs it: gate, dispatch, experts, combine, and the shared expert."""
+        compute, rows = choose(x), x.flatten(0, 1)
+        indices, weights, _ = compute.route(mixture.gate, rows)
+        sent = compute.dispatch(mixture.experts, rows, indices, weights)
+        routed = compute.combine(compute.experts(mixture.experts, sent), sent)
+        return routed.view_as(x) + compute.feed_forward(mixture.shared_experts, x)
+
+    yield Run("MoE forward", tokens, no_grad(mix))
+    yield Run("MoE forward and backward", tokens, gradient(mix, mixture, x, grad))
 
 
 def end_to_end(
