@@ -48,13 +48,7 @@ def test_every_natural_way_to_be_right_is_accepted(one: Exercise, right: RightAn
     assert verdict.state == "right", f"{right.how}: {verdict.text}"
 
 
-TO_BRING_TO_THE_PATTERN = {"mla", "routing"}
-"""Lessons whose exercises are older than the rule below; who brings one to it takes it out."""
-
-
-@pytest.mark.parametrize(
-    "one", [one for one in ALL if one.lesson not in TO_BRING_TO_THE_PATTERN], ids=lambda o: o.id
-)
+@pytest.mark.parametrize("one", ALL, ids=lambda one: one.id)
 def test_an_exercise_knows_five_ways_to_be_right_and_five_to_be_wrong(one: Exercise) -> None:
     assert len(one.also_right) >= 4, "with the solution, five natural ways to be right"
     assert len(one.wrong) >= 5 and all(wrong.says for wrong in one.wrong)
