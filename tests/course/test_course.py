@@ -52,8 +52,8 @@ def test_every_natural_way_to_be_right_is_accepted(one: Exercise, right: RightAn
 def test_an_exercise_knows_five_ways_to_be_right_and_five_to_be_wrong(one: Exercise) -> None:
     assert len(one.also_right) >= 4, "with the solution, five natural ways to be right"
     assert len(one.wrong) >= 5 and all(wrong.says for wrong in one.wrong)
-    assert len({wrong.says for wrong in one.wrong}) == len(one.wrong), "two mistakes need two sentences"
-    assert one.spec and one.spec[-1][0] == "returns"
+    assert len({wrong.says for wrong in one.wrong}) >= 5, "different mistakes need different sentences"
+    assert len(one.spec) >= 2, "what it takes, and what it returns"
     assert len(one.solution_source().splitlines()) <= 25
 
 

@@ -275,15 +275,25 @@ def _check_keep_high(answer: Callable[[dict[str, float], float], Iterable[str]])
             raise Rejected(f"{sorted(kept - set(errors))} are no parts: the names are the keys of errors.")
         rest = sum(e**2 for p, e in errors.items() if p not in kept) ** 0.5
         fewest = len(keep_high(errors, budget))
+        if rest > budget * 1.0001 and not kept:
+            raise Rejected(
+                f"nothing is taken out of FP8. Each error may be small, together they are {rest:.3g}, over the "
+                f"budget of {budget:g}."
+            )
+        if rest > budget * 1.0001 and kept == set(errors) - set(keep_high(errors, budget)):
+            raise Rejected("those are the parts that may stay in FP8: return the others.")
         if rest > budget * 1.0001:
             raise Rejected(
                 f"what is left in FP8 has errors of {rest:.3g} together, over the budget of {budget:g}: independent "
                 "errors add as squares."
             )
         if len(kept) > fewest:
-            linear = sum(e for p, e in errors.items() if p not in kept)
-            why = "did you add them as they are? Independent errors add as squares" if linear <= budget else (
-                "begin with the largest")  # fmt: skip
+            left, taken = [e for p, e in errors.items() if p not in kept], [errors[p] for p in kept]
+            why = "did you add them as they are? Independent errors add as squares"
+            if not left:
+                why = "nothing is left in eight bits; begin with the largest, and stop in time"
+            elif max(left) > min(taken):
+                why = "begin with the largest"
             raise Rejected(f"{len(kept)} parts are taken out of FP8 where {fewest} would do: {why}.")
 
 
@@ -475,12 +485,12 @@ EXERCISES = (
         ),
         wrong=(
             WrongAnswer("errors added as they are", _keep_linear, says="squares"),
-            WrongAnswer("nothing", lambda e, b: set(), says="over the budget"),
+            WrongAnswer("nothing", lambda e, b: set(), says="othing is taken out"),
             WrongAnswer("everything", lambda e, b: set(e), says="would do"),
             WrongAnswer("the smallest first", _keep_from_the_smallest, says="largest"),
             WrongAnswer("each alone against the budget", lambda e, b: {p for p, v in e.items() if v > b},
                         says="over the budget"),
-            WrongAnswer("the FP8 ones", lambda e, b: set(e) - keep_high(e, b), says="over the budget"),
+            WrongAnswer("the FP8 ones", lambda e, b: set(e) - keep_high(e, b), says="return the others"),
         ),
         praise="So were embedding, head, gate, norms and attention's scores chosen: by what they would cost.",
     ),
