@@ -328,7 +328,7 @@ print("your loop is the library's promotion:", True)
 
 # %%
 from collections import Counter
-from unittest.mock import patch
+from unittest import mock
 
 from dsv3lib.fp8 import Recipe, products
 from dsv3lib.fp8.effect import effects, using
@@ -338,7 +338,7 @@ def count_products(recipe):
     """How often each FP8 product is taken in one training step."""
     calls, plain = Counter(), {name: getattr(products, name) for name in products.NAMES}
     spies = {n: lambda *x, n=n, f=f: calls.update([n]) or f(*x) for n, f in plain.items()}
-    with using(model, recipe), patch.multiple(products, **spies):
+    with using(model, recipe), mock.patch.multiple(products, **spies):
         model(ids, labels=ids).loss.backward()
     return calls
 
