@@ -27,13 +27,13 @@ predict("mla.p2", "How many KiB a token?", number=(1, 10_000, "KiB"))
 reveal("mla.p2", 68.6, unit="KiB")
 
 # %%
-exercise("mla.1")
+exercise("start.1")
 
 # %%
-def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
+def expert_parameters(hidden_size, intermediate_size):
     ...
 
-cache_bytes = check("mla.1", cache_bytes)
+expert_parameters = check("start.1", expert_parameters)
 
 # %%
 from dsv3lib.viz import style
@@ -49,29 +49,29 @@ def draw(heads):
 live(draw, heads=[1, 2, 4, 8], start={"heads": 2}, labels={"heads": "heads of MHA"})
 
 # %%
-solution("mla.1")
+solution("start.1")
 
 # %%
 progress()
 """
 
 WRONG = """\
-def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
-    return layers * kv_rank * bytes_per_value
+def expert_parameters(hidden_size, intermediate_size):
+    return 2 * hidden_size * intermediate_size
 
-cache_bytes = check("mla.1", cache_bytes)
+expert_parameters = check("start.1", expert_parameters)
 """
 BROKEN = """\
-def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
-    return layers / 0
+def expert_parameters(hidden_size, intermediate_size):
+    return hidden_size / 0
 
-cache_bytes = check("mla.1", cache_bytes)
+expert_parameters = check("start.1", expert_parameters)
 """
 RIGHT = """\
-def cache_bytes(layers, kv_rank, rope_dim, bytes_per_value):
-    return layers * (kv_rank + rope_dim) * bytes_per_value
+def expert_parameters(hidden_size, intermediate_size):
+    return 3 * hidden_size * intermediate_size
 
-cache_bytes = check("mla.1", cache_bytes)
+expert_parameters = check("start.1", expert_parameters)
 """
 
 

@@ -28,7 +28,7 @@ def lesson(light: LabServer, open_page: OpenPage) -> Iterator[LabPage]:
 
 def test_run_all_passes_through_and_shows_what_is_open(lesson: LabPage) -> None:
     assert lesson.errors() == []
-    assert lesson.output_text(lesson.find_cell("check(")).startswith("Open · exercise mla.1")
+    assert lesson.output_text(lesson.find_cell("check(")).startswith("Open · exercise start.1")
     assert lesson.output_text(lesson.find_cell('reveal("mla.p1"')).startswith("What happened: predict first")
     assert "exercises solved" in lesson.output_text(lesson.find_cell("progress()"))
 
@@ -48,21 +48,21 @@ def test_slider_moves_the_figure_and_its_words_with_the_arrow_keys(lesson: LabPa
 def test_hints_one_at_a_time_and_the_reference_by_keyboard(lesson: LabPage) -> None:
     cell = lesson.find_cell("check(")
     lesson.press_button(cell, "Hint")
-    lesson.wait_text(cell, "Hint 1 of 3")
-    assert "Hint 2 of 3" not in lesson.output_text(cell)
+    lesson.wait_text(cell, "Hint 1 of 2")
+    assert "Hint 2 of 2" not in lesson.output_text(cell)
     lesson.press_button(cell, "Hint")
-    lesson.wait_text(cell, "Hint 2 of 3")
+    lesson.wait_text(cell, "Hint 2 of 2")
     lesson.press_button(cell, "Skip: show the reference")
-    lesson.wait_text(cell, "return layers * (kv_rank + rope_dim) * bytes_per_value")
+    lesson.wait_text(cell, "return gate + up + down")
 
 
 def test_a_folded_solution_unfolds_by_keyboard(lesson: LabPage) -> None:
     cell = lesson.find_cell("solution(")
     lesson.select(cell)
     lesson.tab_to("summary")
-    assert "return layers" not in lesson.output_text(cell)
+    assert "return gate" not in lesson.output_text(cell)
     lesson.page.keyboard.press("Enter")
-    lesson.wait_text(cell, "return layers")
+    lesson.wait_text(cell, "return gate")
 
 
 def test_an_exercise_answered_wrongly_broken_and_rightly(lesson: LabPage) -> None:
@@ -70,17 +70,17 @@ def test_an_exercise_answered_wrongly_broken_and_rightly(lesson: LabPage) -> Non
     lesson.type_code(cell, WRONG)
     lesson.run_cell(cell)
     wrong = lesson.output_text(cell)
-    assert wrong.startswith("Not yet · exercise mla.1") and "The rotary key is missing" in wrong
+    assert wrong.startswith("Not yet · exercise start.1") and "SwiGLU has a third, the gate" in wrong
     lesson.type_code(cell, BROKEN)
     lesson.run_cell(cell)
     broken = lesson.output_text(cell)
-    assert "Your function raised ZeroDivisionError" in broken and "line 2: return layers / 0" in broken
+    assert "Your function raised ZeroDivisionError" in broken and "line 2: return hidden_size / 0" in broken
     lesson.type_code(cell, RIGHT)
     lesson.run_cell(cell)
-    assert lesson.output_text(cell).startswith("Right · exercise mla.1")
+    assert lesson.output_text(cell).startswith("Right · exercise start.1")
     assert lesson.errors() == []
     kept = json.loads(lesson.server.progress.read_text())
-    assert kept["exercises"]["mla.1"]["state"] == "right"
+    assert kept["exercises"]["start.1"]["state"] == "right"
 
 
 def test_a_prediction_is_made_kept_and_compared_without_a_mouse(lesson: LabPage) -> None:
@@ -118,7 +118,7 @@ def test_every_word_is_legible(server_name: str, open_page: OpenPage, request: p
     lab.run_all()
     cell = lab.find_cell("check(")
     lab.press_button(cell, "Hint")
-    lab.wait_text(cell, "Hint 1 of 3")
+    lab.wait_text(cell, "Hint 1 of 2")
     pale = [
         found
         for found in lab.text_colours(".dsv3-card, .dsv3-measured")
