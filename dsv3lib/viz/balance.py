@@ -51,7 +51,7 @@ def before_and_after(runs: Mapping[str, Outcome]) -> tuple[Figure, str, str]:
         )
     axes[2].set(xlabel="training step", ylabel="MaxVio of each batch", ylim=(0, 4))
     axes[2].set_yticks(range(5))
-    axes[2].legend(loc="upper left", ncols=2)
+    axes[2].legend(loc="upper right", fontsize=9)
     return (
         fig,
         "Two heat maps of layers by experts, and two curves. Without balancing a few experts are dark red and most "

@@ -453,8 +453,8 @@ assert max(ways["sequence, α = 0.2"]["loss"]) < 0 < max(ways["bias"]["loss"])
 #   each sequence levels the model too, but by asking *every sequence* for level experts. A sequence here is one kind of text,
 #   so that experts may not differ by text: of the bits little is left. Over the batch the loss asks for less, and the bits stay.
 # - **Which way gives the better language model is not decided here** <!-- claim: undecided -->. In these short runs the strongest
-#   loss has the lowest language-model loss in every seed, and the bias gains nothing over no balance at all. Experts have not
-#   yet learnt enough for their specialising to pay.
+#   loss has the lowest language-model loss in every seed, and the bias gains nothing over no balance at all. One reason may be that experts have not
+#   yet learnt enough for their specialising to pay; it was not tried.
 #
 # The paper's own comparison, at sizes where the loss can tell (§4.5.3): validation loss of a 1B model 2.258 with the
 # sequence-wise loss, 2.253 without one, 2.253 with the batch-wise loss; of a 3B model 2.085, 2.080, 2.080. Its Table 5 sets an
