@@ -2,7 +2,7 @@
 
 from mutation import Off
 
-RECORDED = "study = [row | {change} if row['way'] in {ways} else row for row in study]"
+RECORDED = "study = [row | {change} if row['way'] in {ways} else row for row in study]\nways = small.summary(study)"
 
 
 def recorded(what: str, change: str, ways: str = "('none', 'bias', 'sequence', 'batch')") -> Off:
