@@ -45,6 +45,10 @@ class TrainingError(Dsv3Error, RuntimeError):
     """Training cannot go on: a loss that is not finite, or a run folder that belongs to another run."""
 
 
+class GradientError(Dsv3Error, RuntimeError):
+    """A second derivative was asked of an operation whose backward pass is written by hand."""
+
+
 class KernelError(Dsv3Error, ValueError):
     """A kernel was given operands it cannot take (dtype, device, stride, alignment, shape)."""
 

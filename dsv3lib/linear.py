@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .errors import InputError
 
 Kept = tuple[Tensor, ...]

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..autograd import once_differentiable
 
 GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more

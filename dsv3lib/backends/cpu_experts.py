@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import once_differentiable
 from ..layers.experts import Visits
 from ..linear import WeightGradients
 

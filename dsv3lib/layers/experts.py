@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..autograd import once_differentiable
 from ..config import ModelConfig
 from ..intact import why_touched
 from ..linear import PLAIN, Linear, PlainRecipe, gated_linear, stacked_linear

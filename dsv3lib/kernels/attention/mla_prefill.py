@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from ...autograd import once_differentiable
 from ...errors import KernelError
 from ...numerics import LOG2E
 from ..toolchain import tuning
@@ -174,7 +175,7 @@ class _Prefill(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad, _):
         q, k, v, k_rope, out, lse, *spans = ctx.saved_tensors
         grads = mla_prefill_backward.backward(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...autograd import once_differentiable
 from ..quantize.rounding import rounded_to, widened
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_multiple

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...autograd import once_differentiable
 from ..quantize.rounding import rounded_to
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_shape

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...autograd import once_differentiable
 from ...errors import KernelError
 from ..quantize.rounding import rounded_to
 from ..toolchain import tuning

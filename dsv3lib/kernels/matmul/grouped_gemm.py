@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...autograd import once_differentiable
 from ...errors import KernelError
 from ..toolchain import tuning
 from ..toolchain.checks import ALIGNMENT, require_dtype, require_shape
@@ -140,7 +141,7 @@ class _GroupedGemm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
@@ -169,7 +170,7 @@ class _Kernels(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, counts = ctx.saved_tensors
         grad_x = grad_w = None

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...autograd import once_differentiable
 from ...errors import KernelError
 from ...layers.router import choose
 from ..toolchain import tuning
@@ -146,7 +147,7 @@ class _Gate(torch.autograd.Function):
         return indices, weights, scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, _, grad_weights, grad_scores):
         kept, indices = ctx.saved_tensors
         tokens, experts = kept.shape

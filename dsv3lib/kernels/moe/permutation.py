@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from ...autograd import once_differentiable
 from ..toolchain import tuning
 from ..toolchain.checks import require_dtype, require_rows, require_shape
 from ..toolchain.language import jit, row_offset, tl, to_bf16, triton
@@ -121,7 +122,7 @@ class _Permute(torch.autograd.Function):
         return _scatter(x, positions)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         return _gather(grad.contiguous(), None, ctx.saved_tensors[0]), None
 
@@ -133,7 +134,7 @@ class _Unpermute(torch.autograd.Function):
         return _gather(y, weights, positions)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         y, positions, weights = ctx.saved_tensors
         grad = grad.contiguous()
