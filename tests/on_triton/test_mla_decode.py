@@ -235,7 +235,7 @@ def test_what_is_refused(device, matrix_dtype) -> None:
         c.run()
     c = case()
     c.cache = torch.zeros(4, PAGE, 48, dtype=torch.uint8, device=device)
-    c.refused("rank is 32")
+    c.refused("value_dim of an FP8 cache is 32")
     with pytest.raises(KernelError, match="multiple of 64"):
         as_pages(torch.zeros(2, 100, 40))
 
