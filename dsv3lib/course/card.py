@@ -145,9 +145,11 @@ def measured(text: str | list[str], *blocks: str) -> None:
     (``tests/notebooks/sanitize.cfg``), so nothing else may hold a time.
 
     Args:
-        text: plain text, or its lines. blocks: HTML to show instead where HTML is shown.
+        text: plain text, or its lines.
+        blocks: HTML to show instead where HTML is shown.
     """
-    lines = text.splitlines() if isinstance(text, str) else text
+    # A cell of a table may hold a model's own text, line ends and all: every line of it has to bear the mark.
+    lines = [part for line in ([text] if isinstance(text, str) else text) for part in line.splitlines() or [""]]
     inner = "".join(blocks) or inline("\n".join(lines))
     body = f'<div class="dsv3-measured" role="note" style="{_NOTE}">{inner}<!--/measured--></div>'
     show(body, "\n".join(f"measured | {part}" for part in lines))
