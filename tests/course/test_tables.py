@@ -1,3 +1,4 @@
+"""Tables: what differs between machines and runs is marked, line by line."""
 
 
 def test_every_line_of_a_varying_table_bears_the_mark(monkeypatch) -> None:
