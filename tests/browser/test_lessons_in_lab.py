@@ -67,29 +67,12 @@ def test_every_cell_runs(lesson: tuple[LabPage, str]) -> None:
     assert lab.errors() == []
 
 
-def test_every_slider_moves_its_figure(lesson: tuple[LabPage, str]) -> None:
-    lab, _ = lesson
-    moved = 0
-    for cell in lab.cells_with(".dsv3-live .noUi-handle"):
-        before = lab.picture(cell)
-        lab.move_slider(cell, key="ArrowRight")
-        if not lab.picture_changed(cell, before):  # it may have stood at its end
-            lab.move_slider(cell, key="ArrowLeft")
-            lab.wait_picture_changes(cell, before)
-        moved += 1
-    # A view that would answer a question stays folded, slider and all, until the question has a prediction.
-    open_from_the_start = [text for text in lab.sources() if not text.startswith("# answers ")]
-    assert moved == len([text for text in open_from_the_start if re.search(r"(?m)^\s*live\(", text)])
-
-
 def test_answers_stay_folded_until_a_prediction_is_made(lesson: tuple[LabPage, str]) -> None:
     lab, _ = lesson
-    sources = lab.sources()
-    keys = [match for text in sources for match in re.findall(r'predict\(\s*"([\w.]+)"', text)]
+    keys, sources = questions(lab), lab.sources()
     assert keys
     for key in keys:
-        answer = next(i for i, text in enumerate(sources) if re.search(rf'reveal\(\s*"{key}"', text))
-        shown = lab.output_text(answer)
+        shown = lab.output_text(answer_of(key, sources))
         assert shown.startswith(FOLDED) and "What happened: predict first" in shown
         assert len(shown.splitlines()) == 1, f"{key} gives its answer away: {shown!r}"
     asking = lab.find_cell(f'"{keys[0]}"')
@@ -97,9 +80,65 @@ def test_answers_stay_folded_until_a_prediction_is_made(lesson: tuple[LabPage, s
     lab.tab_to(".dsv3-predict button")
     lab.page.keyboard.press("Enter")
     lab.wait_text(asking, "Your prediction:")
-    answer = next(i for i, text in enumerate(sources) if re.search(rf'reveal\(\s*"{keys[0]}"', text))
+    assert "s you predicted" in verdict(lab, answer_of(keys[0], sources))
+
+
+def test_every_prediction_is_made_wrongly_and_rightly(lesson: tuple[LabPage, str]) -> None:
+    lab, _ = lesson
+    sources = lab.sources()
+    for key in questions(lab):
+        asking, answer = lab.find_cell(f'"{key}"'), answer_of(key, sources)
+        box = lab.cell(asking).locator(".dsv3-predict")
+        buttons = box.locator("button")
+        if box.locator("input").count():
+            buttons.click()
+            wrong = verdict(lab, answer)
+            assert "Not as you predicted" in wrong, wrong
+            box.locator("input").fill(re.search(r"What happened: ([\d.,]*\d)", wrong).group(1).replace(",", ""))
+            box.locator("input").press("Tab")
+            buttons.click()
+            assert "As you predicted" in verdict(lab, answer), key
+            continue
+        told = []
+        for option in range(buttons.count()):
+            buttons.nth(option).click()
+            lab.wait_text(asking, f"Your prediction: {buttons.nth(option).inner_text().strip()}")
+            told.append("As you predicted" in verdict(lab, answer))
+        assert told.count(True) == 1 and len(told) > 1, f"{key}: {told}"
+
+
+def questions(lab: LabPage) -> list[str]:
+    """The keys of a lesson's predictions."""
+    return [match for text in lab.sources() for match in re.findall(r'predict\(\s*"([\w.]+)"', text)]
+
+
+def answer_of(key: str, sources: list[str]) -> int:
+    """The cell that tells what happened."""
+    return next(i for i, text in enumerate(sources) if re.search(rf'reveal\(\s*"{key}"', text))
+
+
+def verdict(lab: LabPage, answer: int) -> str:
+    """What the cell says once a prediction stands: nothing is folded any more."""
     lab.run_cell(answer)
-    assert FOLDED not in lab.output_text(answer) and "s you predicted" in lab.output_text(answer)
+    shown = lab.output_text(answer)
+    assert FOLDED not in shown and "s you predicted" in shown, shown
+    return shown
+
+
+def test_every_slider_moves_its_figure(lesson: tuple[LabPage, str]) -> None:
+    lab, _ = lesson
+    views = [i for i, text in enumerate(lab.sources()) if re.search(r"(?m)^\s*live\(", text)]
+    for cell in views:
+        if lab.sources()[cell].startswith("# answers "):  # folded, slider and all, until its question was predicted
+            lab.run_cell(cell)
+    moved = lab.cells_with(".dsv3-live .noUi-handle")
+    for cell in moved:
+        before = lab.picture(cell)
+        lab.move_slider(cell, key="ArrowRight")
+        if not lab.picture_changed(cell, before):  # it may have stood at its end
+            lab.move_slider(cell, key="ArrowLeft")
+            lab.wait_picture_changes(cell, before)
+    assert moved == views
 
 
 def test_every_exercise_is_answered_wrongly_and_rightly(lesson: tuple[LabPage, str]) -> None:
