@@ -225,12 +225,12 @@ assert float(max_violation(torch.tensor([9, 9, 0, 0, 0, 0, 0, 0]))) == 3
 # hardly trained. <!-- claim: worst -->
 
 # %%
-ends = ["above 2", "between 1 and 2", "between 0.5 and 1", "below 0.5"]
+bands = ["above 2", "between 1 and 2", "between 0.5 and 1", "below 0.5"]
 predict(
     "routing.p2",
     "The same weights, the same text, now with the bias (γ = 0.01, ten times V3's: the run is "
     "short). Where does MaxVio of the last quarter as a whole end, the mean of both layers?",
-    options=ends,
+    options=bands,
 )
 
 # %%
@@ -244,7 +244,7 @@ runs["bias"], views["bias"] = train_and_watch(
 style.show(*balance.before_and_after(runs))
 before, after = (float(runs[way].tail().global_violation().mean()) for way in ("none", "bias"))
 reveal(
-    "routing.p2", ends[sum(after < edge for edge in (2, 1, 0.5))], varies=True,
+    "routing.p2", bands[sum(after < edge for edge in (2, 1, 0.5))], varies=True,
     because=f"Measured: {after:.2f}, against {before:.2f} without the bias.",
 )  # fmt: skip
 balanced = [row for row in study if row["way"] == "bias"]
