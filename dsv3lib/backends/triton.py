@@ -64,9 +64,8 @@ class Triton(Chosen):
         return norm_and_turn(c_kv_k_rope, norm.weight, rotations, norm.eps)
 
     def rotate_queries(self, q: Tensor, rotations: Tensor) -> Tensor:
-        """RoPE on all heads in one pass. The kernel can rotate the shared key along; that was done with its norm."""
-        no_key = q.new_empty(*q.shape[:2], 2 * rotations.shape[-1])
-        return rope(q, no_key, rotations)[0].transpose(1, 2)
+        """RoPE on all heads in one pass, without the shared key, which was rotated with its norm."""
+        return rope(q, None, rotations)[0].transpose(1, 2)
 
     # ---- attention -----------------------------------------------------------------------------------
 

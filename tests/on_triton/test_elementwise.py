@@ -143,6 +143,22 @@ def test_rope(device, batch, length, heads, nope, pairs, per_batch, layout, dtyp
         assert torch.equal(own_q, got[0]) and torch.equal(own_k, got[1])
 
 
+@given(length=st.integers(1, 9), heads=st.integers(1, 3), nope=st.integers(0, 9), pairs=st.integers(1, 5), seed=SEEDS)
+def test_rope_of_queries_alone(device, length, heads, nope, pairs, seed) -> None:
+    """Where the key was turned elsewhere there is none: no memory stands in for it, filled with NaN or not."""
+    q = random(2, length, heads, nope + 2 * pairs, dtype=torch.float32, seed=seed, device=device)
+    k = random(2, length, 2 * pairs, dtype=torch.float32, seed=seed, device=device)
+    table = turns(length, pairs, seed=seed, device=device)
+    with poisoned():
+        out, grad = results(lambda q: e.rope(q, None, table)[0], (q,))
+        both = results(lambda q, k: e.rope(q, k, table), (q, k))
+    assert torch.equal(out, both[0]) and torch.equal(grad, both[2])
+    assert e.rope(q, None, table)[1] is None and e.rope_ref(q, None, table)[1] is None
+    own = q.clone()
+    e.rope(own, None, table, inplace=True)
+    assert torch.equal(own, out)
+
+
 def test_rope_in_place_touches_nothing_else(device) -> None:
     wide = fill(torch.empty(4, 3, 20, device=device))
     q = wide[:, :2, 4:14]

@@ -35,42 +35,44 @@ Settings = dict[str, int]
 
 def rope(
     q: Float[Tensor, "*batch H QK"],
-    k_rope: Float[Tensor, "*batch R"],
+    k_rope: Float[Tensor, "*batch R"] | None,
     turns: Tensor,
     inplace: bool = False,
     settings: Settings | None = None,
-) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"]]:
+) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"] | None]:
     """Turn the last R of each query's QK dimensions, and the shared key (RoPE(·) in Eqs. 3 and 8).
 
     Differentiable in q and k_rope; FP16 and BF16 are turned in FP32; FP64 goes to the reference.
 
     Args:
         q: queries, neighbours are pairs.
-        k_rope: the key of each token.
+        k_rope: the key of each token; ``None`` where it was turned elsewhere.
         turns: complex numbers e^{iφ} of the last batch dimensions, [T, R/2] or [B, T, R/2], or the same as
             [..., R/2, 2] of cosines and sines.
         inplace: write into q and k_rope and return them; only where no gradient is asked for.
 
     Returns:
-        queries and keys, turned.
+        queries and keys, turned; ``None`` for keys that were not given.
 
     Raises:
         KernelError: dtypes or shapes that do not fit; in place where a gradient is recorded, or where no view
             lays the heads in rows.
     """
     table = _check(q, k_rope, turns)
-    if inplace and torch.is_grad_enabled() and (q.requires_grad or k_rope.requires_grad):
+    if inplace and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_rope)):
         raise KernelError("rope: in place, the gradient would be lost: use inplace=False, or torch.no_grad()")
     if q.is_meta or q.dtype == torch.float64 or not on_triton(q, k_rope, table):
         return _ref_in_place(q, k_rope, turns) if inplace else rope_ref(q, k_rope, turns)
     if inplace:
         require_rows("rope", "q", q)
-        require_rows("rope", "k_rope", k_rope)
+        if k_rope is not None:
+            require_rows("rope", "k_rope", k_rope)
         try:
-            flat = q.view(-1, *q.shape[-2:]), k_rope.view(-1, k_rope.shape[-1])
+            flat = q.view(-1, *q.shape[-2:]), None if k_rope is None else k_rope.view(-1, k_rope.shape[-1])
         except RuntimeError as error:
+            strides = "" if k_rope is None else f" or k_rope with {k_rope.stride()}"
             raise KernelError(
-                f"rope: q with strides {q.stride()} or k_rope with {k_rope.stride()} is no matrix of tokens, "
+                f"rope: q with strides {q.stride()}{strides} is no matrix of tokens, "
                 "expected one for inplace=True: call .contiguous(), or use inplace=False"
             ) from error
         _launch(*flat, table, *flat, False, settings)
@@ -79,12 +81,14 @@ def rope(
 
 
 def rope_ref(
-    q: Float[Tensor, "*batch H QK"], k_rope: Float[Tensor, "*batch R"], turns: Tensor
-) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"]]:
+    q: Float[Tensor, "*batch H QK"], k_rope: Float[Tensor, "*batch R"] | None, turns: Tensor
+) -> tuple[Float[Tensor, "*batch H QK"], Float[Tensor, "*batch R"] | None]:
     """The same in plain PyTorch: split, turn in FP32 (FP64 for FP64), join."""
     table = _real(turns)
-    nope, rotary = q.split([q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]], -1)
-    return torch.cat([nope, turned_ref(rotary, table[..., None, :, :])], -1), turned_ref(k_rope, table)
+    width = 2 * table.shape[-2]
+    nope, rotary = q.split([q.shape[-1] - width, width], -1)
+    turned = torch.cat([nope, turned_ref(rotary, table[..., None, :, :])], -1)
+    return turned, None if k_rope is None else turned_ref(k_rope, table)
 
 
 def turned_ref(
@@ -96,9 +100,9 @@ def turned_ref(
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-def _ref_in_place(q: Tensor, k_rope: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+def _ref_in_place(q: Tensor, k_rope: Tensor | None, turns: Tensor) -> tuple[Tensor, Tensor | None]:
     turned_q, turned_k = rope_ref(q, k_rope, turns)
-    return q.copy_(turned_q), k_rope.copy_(turned_k)
+    return q.copy_(turned_q), None if k_rope is None else k_rope.copy_(turned_k)
 
 
 def _real(turns: Tensor) -> Tensor:
@@ -126,13 +130,18 @@ def checked_table(operation: str, turns: Tensor, batch: torch.Size, rotary: int)
     return table
 
 
-def _check(q: Tensor, k_rope: Tensor, turns: Tensor) -> Tensor:
+def _check(q: Tensor, k_rope: Tensor | None, turns: Tensor) -> Tensor:
     require_dtype("rope", "q", q, DTYPES)
-    require_dtype("rope", "k_rope", k_rope, (q.dtype,))
-    rotary = k_rope.shape[-1]
-    require_shape("rope", "k_rope", k_rope, (*q.shape[:-2], None))
+    if k_rope is None:
+        rotary = 2 * turns.shape[-1 if turns.is_complex() else -2] if turns.ndim > 1 else 0
+    else:
+        require_dtype("rope", "k_rope", k_rope, (q.dtype,))
+        rotary = k_rope.shape[-1]
+        require_shape("rope", "k_rope", k_rope, (*q.shape[:-2], None))
     if rotary > q.shape[-1]:
-        raise KernelError(f"rope: q has {q.shape[-1]} dimensions a head, expected at least k_rope's {rotary}")
+        raise KernelError(
+            f"rope: q has {q.shape[-1]} dimensions a head, expected at least the {rotary} that are turned"
+        )
     rows = q.shape[:-1].numel()
     if rows > MOST_ROWS:
         raise KernelError(
@@ -142,17 +151,20 @@ def _check(q: Tensor, k_rope: Tensor, turns: Tensor) -> Tensor:
 
 
 def _launch(
-    q: Tensor, k: Tensor, table: Tensor, out_q: Tensor, out_k: Tensor, back: bool, settings: Settings | None
-) -> None:
+    q: Tensor, k: Tensor | None, table: Tensor, out_q: Tensor, out_k: Tensor | None, back: bool,
+    settings: Settings | None,
+) -> None:  # fmt: skip
     """Turn [N, H, QK] and [N, R]; where the results lie elsewhere, copy what is not turned."""
     tokens, heads, width = q.shape
-    rotary = k.shape[1]
+    rotary = 2 * table.shape[-2]
     table = table.float().contiguous()
     if not tokens * rotary:
         return
     nope, copy = width - rotary, out_q.data_ptr() != q.data_ptr()
     row = settings or tuning.pick("rope", q.device, rows=tokens * heads)
-    q_programs, k_programs = (triton.cdiv(n, row["ROWS"]) for n in (tokens * heads, tokens))
+    q_programs, k_programs = (triton.cdiv(n, row["ROWS"]) for n in (tokens * heads, tokens if k is not None else 0))
+    if k is None:  # places that no program of the launch looks at
+        k, out_k = q, out_q
     with on_device(q):
         rope_kernel[(q_programs + k_programs,)](
             q, k, table, out_q, out_k, tokens, table.shape[:-2].numel(), q_programs,
@@ -176,14 +188,14 @@ class _Rope(torch.autograd.Function):
 
 
 def _elsewhere(
-    q: Tensor, k: Tensor, table: Tensor, back: bool, settings: Settings | None
-) -> tuple[Tensor, Tensor]:
-    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    if q.numel() and k.numel():
+    q: Tensor, k: Tensor | None, table: Tensor, back: bool, settings: Settings | None
+) -> tuple[Tensor, Tensor | None]:
+    out_q, out_k = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
+    if q.numel() and table.numel():
         q = q if q.stride(-1) == 1 else q.contiguous()
-        k = k if k.stride(-1) == 1 else k.contiguous()
+        k = k if k is None or k.stride(-1) == 1 else k.contiguous()
         flat = [x.reshape(-1, *x.shape[-2:]) for x in (q, out_q)]
-        keys = [x.reshape(-1, x.shape[-1]) for x in (k, out_k)]
+        keys = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (k, out_k)]
         _launch(flat[0], keys[0], table, flat[1], keys[1], back, settings)
     elif q.numel():
         out_q.copy_(q)

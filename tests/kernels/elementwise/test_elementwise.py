@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("gate_up is float8", lambda: e.swiglu(eight)),
         ("k_rope is float16", lambda: e.rope(q, k.half(), table)),
         ("k_rope has shape", lambda: e.rope.__wrapped__(q, k[:1], table)),
-        ("expected at least k_rope's 8", lambda: e.rope(q, x, turns(3, 4))),
+        ("expected at least the 8 that are turned", lambda: e.rope(q, x, turns(3, 4))),
         ("turns have shape", lambda: e.rope(q, k, turns(3, 3))),
         ("turns have shape", lambda: e.rope(q, torch.zeros(2, 3, 3), table)),
         ("turns are for tokens", lambda: e.rope(q, k, turns(2, 2))),
