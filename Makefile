@@ -26,7 +26,7 @@ bench: setup ## measure against peers: on the GPU if there is one, else on the C
 	@if [ -f benchmarks/gpu.py ] && $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python benchmarks/gpu.py; else $(BIN)/python benchmarks/cpu.py; fi
 
-checkpoint: setup ## train tiny-v3 and its dense twin, measure, write data/checkpoints/tiny-v3 (MINUTES=60 THREADS=2); goes on where it was stopped
+checkpoint: setup ## train tiny-v3 and its dense twin, measure, write data/checkpoints/tiny-v3 (MINUTES= and THREADS= if not as shipped); goes on where it was stopped
 	@$(BIN)/python -m dsv3lib.training.run.checkpoint $(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS))
 
 clean: ## remove caches and builds (.venv, runs and your progress stay)

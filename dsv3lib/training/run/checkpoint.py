@@ -16,19 +16,27 @@ from . import folder as run_folder
 from .first_steps import record_first_steps
 from .log import read_log
 from .publish import publish
-from .tiny_v3 import DEFAULT_MINUTES, EXIT_INTERRUPTED, PRESET, settings, train
+from .tiny_v3 import DEFAULT_TOKENS, EXIT_INTERRUPTED, PRESET, settings, train
 
 OUT = Path("data") / "checkpoints" / PRESET
 FIRST_STEPS = Path("tests") / "training" / "run" / "tiny_v3_first_steps.json"
-DEFAULT_THREADS = 2
+DEFAULT_THREADS = 1
+"""Of these small matrices a second thread does little; with one the two runs can be started side by side."""
 
 
-def make(runs: Path, out: Path, minutes: float | int, threads: int, first_steps: Path | None = None) -> bool:
+def make(
+    runs: Path,
+    out: Path,
+    threads: int = DEFAULT_THREADS,
+    minutes: float | int | None = None,
+    first_steps: Path | None = None,
+) -> bool:
     """All stages in their order.
 
     Args:
         runs: folder of the two runs. out: the checkpoint's folder; one that is there is replaced at the very end.
-        minutes, threads: of the main run; the twin reads the same tokens, which takes it about half as long.
+        threads: torch's. minutes: length of the main run by the clock; by default it reads ``DEFAULT_TOKENS``. The
+            twin reads the same tokens.
         first_steps: file to write for the test that runs the first steps again.
 
     Returns:
@@ -78,14 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m dsv3lib.training.run.checkpoint", description=main.__doc__
     )
     parser.add_argument(
-        "--minutes", type=float, default=DEFAULT_MINUTES, help="of the main run (%(default)s)"
+        "--minutes", type=float, help=f"length of the main run by the clock (else {DEFAULT_TOKENS:,} tokens)"
     )
     parser.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="the checkpoint's folder (%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        done = make(options.runs, options.out, options.minutes, options.threads, FIRST_STEPS)
+        done = make(options.runs, options.out, options.threads, options.minutes, FIRST_STEPS)
     except Dsv3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

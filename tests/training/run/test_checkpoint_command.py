@@ -28,14 +28,14 @@ def calls(monkeypatch):
 
 def test_all_stages_once_and_nothing_again_but_what_is_measured(calls, tmp_path):
     runs, out, first = tmp_path / "runs", tmp_path / "data" / "tiny-v3", tmp_path / "first.json"
-    assert checkpoint.make(runs, out, 7, 1, first)
+    assert checkpoint.make(runs, out, 1, 7, first)
     (name, config, dense), (twin, its_config, its_dense) = calls
     assert (name, dense, config) == ("tiny-v3", False, ((7,), {"threads": 1}))
     assert (twin, its_dense) == ("tiny-v3-dense", True)
     assert its_config == ((), {"tokens": 384, "threads": 1, "decay_after": None})
     assert (out / "README.md").is_file() and len(json.loads(first.read_text())["losses"]) == 4
     (out / "stale.txt").write_text("of the checkpoint before")
-    assert checkpoint.make(runs, out, 7, 1) and len(calls) == 2
+    assert checkpoint.make(runs, out, 1, 7) and len(calls) == 2
     assert not (out / "stale.txt").exists() and (out / "model.safetensors").is_file()
 
 
@@ -44,7 +44,7 @@ def test_an_interrupted_stage_ends_all_and_leaves_the_old_checkpoint(calls, tmp_
     out.mkdir()
     (out / "old.txt").write_text("stands")
     monkeypatch.setattr(checkpoint, "train", lambda out, config=None, dense=False: False)
-    assert checkpoint.make(tmp_path / "runs", out, 1, 1) is False
+    assert checkpoint.make(tmp_path / "runs", out) is False
     assert (out / "old.txt").read_text() == "stands"
 
 

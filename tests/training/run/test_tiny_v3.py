@@ -83,7 +83,7 @@ def test_a_run_by_the_clock_is_repeated_exactly_by_its_tokens_and_the_step_of_it
         assert again.bias_speed(step) == clock.bias_speed(step)
     assert clock.learning_rate(1000) < 1e-3 * clock.learning_rate(640)
     for wrong in (
-        {"decay_after": 100},
+        {"minutes": 5, "decay_after": 100},
         {"tokens": 100_000, "decay_after": 98},
         {"tokens": 100_000, "decay_after": 3},
     ):
