@@ -59,7 +59,7 @@ T = {
 }
 PLAN: dict[str, dict[str, Any]] = {
     "weights": {"preset": "nano", "steps": 300, "every": 10, "batch": 4, "seq_len": 64},
-    "outliers": {"preset": "nano", "steps": 150, "batch": 8, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 1e6)},
+    "outliers": {"preset": "nano", "steps": 150, "batch": 8, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 2e5, 4e5, 1e6)},
     "weights tiny": {"preset": "tiny", "steps": 60, "every": 20, "batch": 4, "seq_len": 64},
     "runs": {"preset": "nano", "seeds": 16, "steps": 60, "arms": ("jitter", "tile")},
     "controls": {

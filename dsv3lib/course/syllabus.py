@@ -32,7 +32,7 @@ class Lesson:
 
 
 _ROWS = (
-    ("00_start_here", "start", 50, "", "the map: 671B as a picture, and how to use the course"),
+    ("00_start_here", "start", 55, "", "the map: 671B as a picture, and how to use the course"),
     ("01_mla_latent_cache", "mla", 75, "attention latent cache", "one small latent instead of all keys and values"),
     ("02_decoupled_rope", "rope", 70, "attention rope", "the position travels beside the latent, not through it"),
     ("03_bias_based_routing", "routing", 75, "router experts", "a bias balances the experts, without a loss"),

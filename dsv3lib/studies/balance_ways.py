@@ -26,7 +26,7 @@ from ..model import DeepSeekV3
 from ..training.loop.balance import domain_load, max_violation, update_bias
 from ..training.loop.comparison import Outcome, compare
 from ..training.loop.settings import TrainingConfig
-from ..training.loop.specialisation import specialisation_test
+from ..training.loop.specialisation import Specialisation, specialisation_test
 from ..training.text.data import PackedStream
 from ..training.text.folder import open_domains
 from ..training.text.tokenizer import default_tokenizer
@@ -160,6 +160,19 @@ def document_loads(
             )
             domain += [number] * len(loads[-1])
     return torch.cat(loads), torch.tensor(domain)
+
+
+def specialisation(
+    model: DeepSeekV3, text: PackedStream, shuffles: int, draw: torch.Generator
+) -> Specialisation:
+    """What the domain tells of the expert in each layer with experts, the MTP modules' left out.
+
+    Args:
+        model: frozen. text: knows the validation documents. shuffles, draw: see ``specialisation_test``.
+    """
+    loads, domain = document_loads(model, text)
+    layers = model.config.num_hidden_layers - model.config.first_k_dense_replace
+    return specialisation_test(loads[:, :layers], domain, shuffles, draw)
 
 
 def validation_loss(model: DeepSeekV3, text: PackedStream) -> float:

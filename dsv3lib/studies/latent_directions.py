@@ -42,6 +42,12 @@ def variance_kept(rows: Float[Tensor, "tokens width"]) -> list[float]:
     return (variance.cumsum(0) / variance.sum()).tolist()
 
 
+def directions(model: DeepSeekV3, ids: Int[Tensor, "rows T"], share: float = 0.9) -> list[int]:
+    """How many directions hold that share of the variance of keys and values, for each layer."""
+    kept = [variance_kept(keys_and_values(model, i, ids)) for i in range(model.config.num_hidden_layers)]
+    return [1 + sum(one < share for one in row) for row in kept]
+
+
 @torch.no_grad()
 def loss_of(model: DeepSeekV3, unseen: Int[Tensor, "rows T"]) -> float:
     """Nats per byte on text that no training read."""

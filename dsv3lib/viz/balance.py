@@ -207,3 +207,31 @@ def experts_by_domain(
         "One frozen model. Each row is one kind of text; the histogram shows how much pattern chance makes when the "
         "same documents get each other's names.",
     )
+
+
+def bits_by_layer(test: Specialisation, first: int = 1) -> tuple[Figure, str, str]:
+    """What the domain of a text tells of the expert, layer by layer, and what chance alone would tell.
+
+    Args:
+        test: of ``specialisation_test``. first: the first layer that has experts.
+    """
+    fig, ax = style.figure(
+        "The domain tells of the expert, in every layer",
+        "layer",
+        "mutual information (bits)",
+        size=(7.6, 3.6),
+    )
+    layers = range(first, first + len(test.bits))
+    low, high = (test.by_chance.quantile(share, dim=0).numpy() for share in (0.025, 0.975))
+    ax.plot(layers, test.bits.numpy(), **style.line("bias"), label="the domains as they are")
+    ax.fill_between(
+        layers, low, high, color=style.colour("neutral"), alpha=0.6, label="domains shuffled (95 percent)"
+    )
+    ax.set_ylim(0, None)
+    ax.set_xticks(list(layers))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, handlelength=3.2, frameon=False)
+    return (
+        fig,
+        "Mutual information against layer: a curve of the real domains, high above a thin band of shuffled ones.",
+        "Zero would mean that every domain uses the experts alike.",
+    )

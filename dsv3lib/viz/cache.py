@@ -164,6 +164,37 @@ def kept_by_directions(
     )
 
 
+def directions_by_layer(
+    directions: Mapping[str, Sequence[float | int]], latent: int, whole: int
+) -> tuple[Figure, str, str]:
+    """How many directions hold 90 percent of the variance of keys and values, layer by layer.
+
+    Args:
+        directions: two of them, name → a number per layer. latent: the latent's width, which no layer can exceed.
+        whole: numbers in the keys and values of all heads together.
+    """
+    fig, ax = style.figure(
+        f"{whole} numbers of keys and values, and the directions that they use",
+        "layer",
+        "directions (90 percent of variance)",
+        size=(7.6, 3.8),
+    )
+    for (name, row), meaning in zip(directions.items(), ("latent", "neutral"), strict=False):
+        ax.plot(range(len(row)), row, **style.line(meaning), label=name)
+    ax.axhline(
+        latent, color=style.INK, linewidth=1, linestyle=(0, (4, 2)), label=f"the latent's width, {latent}"
+    )
+    ax.set_ylim(0, 1.12 * latent)
+    ax.set_xticks(range(len(next(iter(directions.values())))))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, handlelength=3.2, frameon=False)
+    return (
+        fig,
+        f"Directions needed against layer, a curve for each of {' and '.join(directions)}, below a level line at the "
+        "latent's width.",
+        "The level line is what the latent leaves possible. The lower a curve, the fewer directions do the work.",
+    )
+
+
 def loss_by_width(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> tuple[Figure, str, str]:
     """The recorded study: loss against the width of the latent, each dot a seed, a panel per length of training.
 

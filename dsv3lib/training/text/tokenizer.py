@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import dsv3lib
 from dsv3lib.errors import DataError, InputError, SaveError
 from dsv3lib.files import write_whole
-from dsv3lib.shipped import tokenizer_fingerprint
+from dsv3lib.shipped import checkpoint_folder, tokenizer_fingerprint
 from dsv3lib.training.text.domains import DEFAULT_WEIGHTS, Domain, builtin_domains
 from dsv3lib.training.text.folder import open_domains
 from dsv3lib.training.text.order import DocumentOrder, Split
@@ -150,12 +150,16 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Read a tokenizer from the folder that ``save`` wrote (a model's checkpoint folder holds one too).
+        """Read a tokenizer from the folder that ``save`` wrote, or a shipped checkpoint's by its name ("tiny-v3").
+
+        A model's checkpoint folder holds one too.
 
         Raises:
-            DataError: there is no ``tokenizer.json``, or it cannot be read.
+            DataError: there is no ``tokenizer.json``, or it cannot be read. CheckpointError: see
+            ``shipped.checkpoint_folder``.
         """
-        path = Path(folder) / "tokenizer.json"
+        folder = checkpoint_folder(folder)
+        path = folder / "tokenizer.json"
         if not path.is_file():
             raise DataError(
                 f"{path} does not exist; train one with `python -m dsv3lib.training.text.tokenizer --out {folder}`"

@@ -12,6 +12,15 @@ CLAIMS = {
         "import dsv3lib.model.costs as costs\n"
         "patch(costs, 'attention_flops_per_cached_token', lambda config, form: 278528)",
     ),
+    "shipped": Off(
+        "a model that training did not change",
+        "import dsv3lib.studies.shipped_model as place\n"
+        "whole = place.open_shipped\n"
+        "def fresh(seed):\n"
+        "    model, text = whole(seed=seed)\n"
+        "    return type(model)(model.config), text\n"
+        "patch(place, 'open_shipped', fresh)",
+    ),
     "directions": Off("a model that training did not change", "wide = small.reader(64, SEED)"),
     "width": Off(
         "losses that rise as the latent narrows",
