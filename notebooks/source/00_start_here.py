@@ -378,7 +378,7 @@ table(["it was given", "it wrote"], rows, varies=True)
 # The same program, run for longer on more of the same kind of text, made `tiny-v3`, which comes with the course and which
 # later lessons use where only a trained model has something to show. Its own tokenizer knows 2,048 tokens. Beside it stands
 # a third rival: a *5-gram*, which looks up what followed the last four tokens wherever they stood in the text that `tiny-v3`
-# was trained on.
+# was trained on. <!-- claim: longer -->
 
 # %% tags=["claim:longer"]
 import json
@@ -395,6 +395,7 @@ bits = card["bits_per_byte"]["all"]
 names_of = {"model": "tiny-v3", "five_gram": "the 5-gram", "unigram": "knows what is common"}
 table(["who", "bits per byte"], [[who, round(bits[one], 2)] for one, who in names_of.items()])
 assert bits["model"] < bits["five_gram"] < bits["unigram"]
+assert spelling.vocab_size == trained.config.vocab_size == 2048
 
 # %% [markdown]
 # **It spends fewer bits than the rival who looks up what it read** <!-- claim: longer -->, and still knows nothing: what it

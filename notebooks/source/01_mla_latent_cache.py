@@ -377,7 +377,7 @@ assert losses["best directions"][8] < losses["random directions"][8]
 # %% [markdown]
 # **Training itself makes keys and values low-rank, and the directions that it uses are the ones that count** <!-- claim: directions -->.
 # Is that so for longer training and real text too? `tiny-v3` comes with the course. Its latent has 48 numbers, and each layer
-# makes 256 of them.
+# makes 256 of them. <!-- claim: shipped -->
 
 # %% tags=["claim:shipped"]
 from dsv3lib.studies.shipped_model import open_shipped
@@ -386,7 +386,10 @@ shipped, texts = open_shipped(seed=SEED)
 rows = [texts.validation_batches(name, 1, 4)[0].input_ids for name in texts.domain_names]
 stages = {"trained": shipped, "untrained": type(shipped)(shipped.config, session.generator)}
 used = {name: see.directions(model, torch.cat(rows)) for name, model in stages.items()}
-style.show(*figures.directions_by_layer(used, shipped.config.kv_lora_rank, 256))
+its = shipped.config
+whole = its.num_attention_heads * (its.qk_nope_head_dim + its.v_head_dim)
+style.show(*figures.directions_by_layer(used, its.kv_lora_rank, whole))
+assert (its.kv_lora_rank, whole) == (48, 256)
 assert all(after < before for after, before in zip(*used.values(), strict=True))
 
 # %% [markdown]
