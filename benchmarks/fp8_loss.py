@@ -41,7 +41,6 @@ from dsv3lib.training.text.tokenizer import default_tokenizer
 
 CLAIM = 0.0025  # the paper's: relative loss error against BF16 below 0.25 %
 JITTER = 1e-6
-EVERY_TOKEN = 32  # has an outlier, of those planted
 # Student's t, 97.5 %, by degrees of freedom; beyond 30 the normal's.
 T = {
     1: 12.71,
@@ -59,7 +58,8 @@ T = {
 }
 PLAN: dict[str, dict[str, Any]] = {
     "weights": {"preset": "nano", "steps": 300, "every": 10, "batch": 4, "seq_len": 64},
-    "outliers": {"preset": "nano", "steps": 150, "batch": 8, "seq_len": 64, "sizes": (1e3, 1e4, 1e5, 2e5, 4e5, 1e6)},
+    "outliers": {"preset": "nano", "steps": 150, "batch": 8, "seq_len": 64, "every_token": 32,
+                 "sizes": (1e3, 1e4, 1e5, 2e5, 4e5, 1e6)},
     "weights tiny": {"preset": "tiny", "steps": 60, "every": 20, "batch": 4, "seq_len": 64},
     "runs": {"preset": "nano", "seeds": 16, "steps": 60, "arms": ("jitter", "tile")},
     "controls": {
@@ -157,8 +157,8 @@ def with_planted_outliers(plan: dict[str, Any], text: Text) -> list[dict[str, An
         pass
     ids = text.stream(99, plan["seq_len"]).next_batch(plan["batch"]).input_ids
     for size in plan["sizes"]:
-        planted = {n: with_outliers(recipes()[n], size, EVERY_TOKEN) for n in ("tile", "tensor")}
-        made = effects(model, ids, planted, with_outliers(PLAIN, size, EVERY_TOKEN))
+        planted = {n: with_outliers(recipes()[n], size, plan["every_token"]) for n in ("tile", "tensor")}
+        made = effects(model, ids, planted, with_outliers(PLAIN, size, plan["every_token"]))
         found.append({"size": size, "effects": {name: one.to_dict() for name, one in made.items()}})
     return found
 

@@ -388,23 +388,44 @@ table(
     ["recipe", "largest loss error (%)", "1 - cosine, experts, mean"],
     [[arm, round(100 * worst_loss[arm], 3), round(angle[arm], 4)] for arm in arms],
 )
-assert worst_loss["tile"] < bound and angle["two bits"] > 2 * angle["tile"]
+assert max(worst_loss["tile"], worst_loss["tensor"]) < bound
+assert angle["two bits"] > 2 * angle["tile"]
 
 # %% [markdown]
 # The paper's recipe stays within its 0.25 % at every step; the control with two bits of mantissa turns the experts' gradient
-# more than twice as far. <!-- claim: study --> Second, run against run, over seeds, beside a control *without any FP8* whose
+# more than twice as far. <!-- claim: study --> So does one scale for a whole tensor: a model so small
+# and young has no outliers. <!-- claim: study --> So plant some, as trained models have them: one channel, one token in 32, larger and larger. <!-- claim: planted -->
+
+# %% tags=["claim:planted"]
+head = [f"{r} ({what})" for r in ("tile", "tensor") for what in ("loss error, %", "cosine")]
+rows, worse = [], {}
+for row in study["outliers"]:
+    effects_of = [row["effects"][arm] for arm in ("tile", "tensor")]
+    worse[row["size"]] = [(abs(e["loss_error"]), e["cosine"]["all"]) for e in effects_of]
+    cells = [x for e in effects_of for x in (100 * e["loss_error"], e["cosine"]["all"])]
+    rows.append([f"{row['size']:.0e}", *(round(x, 3) for x in cells)])
+table(["times larger", *head], rows)
+assert study["about"]["plan"]["outliers"]["every_token"] == 32
+(tile_loss, tile_cosine), (tensor_loss, tensor_cosine) = worse[2e5]
+assert tile_loss < bound < tensor_loss and tensor_cosine < 0.8 < 0.95 < tile_cosine
+
+# %% [markdown]
+# **Where outliers are large, tiles keep the loss within the paper's bound and one scale for the tensor does not**
+# <!-- claim: planted -->; the gradient's direction goes first. Further on the gradient is lost for tiles too: nothing is
+# robust to everything. Second, run against run, over seeds, beside a control *without any FP8* whose
 # start differs by a millionth:
 
 # %%
 style.show(*figures.losses_with_band(study))
+models = {"runs": "nano", "dense": "nano, dense", "tiny": "tiny"}
 rows = [
-    [arm, s["seeds"], *(round(100 * s[k], 3) for k in ("mean", "low", "high")), s["verdict"]]
-    for arm, s in study["runs"]["summary"].items() if "mean" in s
+    [f"{models[part]}: {arm}", s["seeds"], *(round(100 * s[k], 3) for k in ("mean", "low", "high")), s["verdict"]]
+    for part in models for arm, s in study[part]["summary"].items() if "mean" in s
 ]  # fmt: skip
-table(["arm", "seeds", "mean (%)", "from", "to", "about 0.25 %"], rows)
+table(["model and arm", "seeds", "mean (%)", "from", "to", "about 0.25 %"], rows)
 
 # %% [markdown]
-# Look at the jittered row before the others: so far apart are runs that differ in nothing.
+# Look at the jittered rows before the others: so far apart are runs that differ in nothing. Without routing they stay closer.
 #
 # ## What is kept for the backward pass
 #
@@ -412,18 +433,21 @@ table(["arm", "seeds", "mean (%)", "from", "to", "about 0.25 %"], rows)
 # Wgrad sums over the tokens. So they are turned, for which their scales are powers of two.
 
 # %% tags=["claim:bytes"]
+import copy
+
 from dsv3lib.fp8.activations import activation_bytes
 
-kept = {"FP32": activation_bytes(model, ids)}
-with using(model, Recipe.named("tile")):
-    kept["FP8"] = activation_bytes(model, ids)
+half = copy.deepcopy(model).bfloat16()
+kept = {"FP32": activation_bytes(model, ids), "BF16": activation_bytes(half, ids)}
+with using(half, Recipe.named("tile")):
+    kept["FP8 in BF16"] = activation_bytes(half, ids)
 style.show(*figures.bytes_by_part(kept))
 saved = {name: sum(parts.values()) / 2**20 for name, parts in kept.items()}
 print(" · ".join(f"{name}: {mib:.1f} MiB" for name, mib in saved.items()))
-assert kept["FP8"]["experts"] < 0.6 * kept["FP32"]["experts"]
+assert kept["FP8 in BF16"]["experts"] < 0.6 * kept["BF16"]["experts"]
 
 # %% [markdown]
-# The experts' share falls to less than 0.6 of FP32's; what attention and the norms keep for themselves stays.
+# The experts' share falls to less than 0.6 of what BF16 keeps; what attention and the norms keep for themselves stays.
 # <!-- claim: bytes -->
 #
 # ## Break it

@@ -17,6 +17,9 @@ CLAIMS = {
     "study": Off("if the loss had moved by a per cent",
                  "study = json.loads(json.dumps(study))\n"
                  "for row in study['weights']: row['effects']['tile']['loss_error'] = 0.01"),
+    "planted": Off("if a scale for the tensor did not mind",
+                   "study = json.loads(json.dumps(study))\n"
+                   "for row in study['outliers']: row['effects']['tensor'] = row['effects']['tile']"),
     "bytes": Off("with everything kept as it is", "from dsv3lib.linear import PLAIN\n"
                  "patch(Recipe, 'named', lambda name: PLAIN)"),
     "underflow": Off("with powers of two for both", "plain = along_rows\n"

@@ -19,11 +19,11 @@ CLAIMS = {
         given="rival = 7.3\nloss_of = lambda shuffled: 7.1 if shuffled else 6.2",
     ),
     "longer": Off(
-        "with a 5-gram that needs fewer bits",
+        "with a dense twin that needs fewer bits",
         "read = json.loads\n"
         "def better(text):\n"
         "    card = read(text)\n"
-        "    card['bits_per_byte']['all']['five_gram'] = 0.9 * card['bits_per_byte']['all']['model']\n"
+        "    card['bits_per_byte']['all']['dense'] = 0.9 * card['bits_per_byte']['all']['model']\n"
         "    return card\n"
         "patch(json, 'loads', better)",
     ),
