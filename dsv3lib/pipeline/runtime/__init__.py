@@ -1,0 +1,1 @@
+"""The pipeline runtime: a schedule's actions carried out by real processes, on torch.distributed alone."""

@@ -1,0 +1,81 @@
+"""One rank's process: joins the others over gloo, does its work, writes down its result or its error.
+
+Started by ``processes.launch``; or by torchrun, for which :func:`join` is enough.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .links import GlooLinks
+from .status import Status
+
+TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass
+class Rank:
+    """What the work of one process is given.
+
+    Args:
+        rank, world: which of how many.
+        tell: writes down what begins now.
+    """
+
+    rank: int
+    world: int
+    tell: Callable[[str], None] = lambda doing: None
+
+    def links(self, groups: Sequence[tuple[int, ...]] = ()) -> GlooLinks:
+        """To the other ranks; all call it with the same groups."""
+        return GlooLinks(groups)
+
+
+def join(timeout: timedelta = TIMEOUT) -> Rank:
+    """Join the process group that torchrun's environment variables describe.
+
+    Args:
+        timeout: of every exchange.
+    """
+    dist.init_process_group("gloo", timeout=timeout)
+    return Rank(dist.get_rank(), dist.get_world_size())
+
+
+def main(folder: Path, rank: int, world: int, port: int, parent: int) -> int:
+    """The whole life of a started process."""
+    status = Status(folder, rank, parent)
+    try:
+        torch.set_num_threads(1)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        task = torch.load(folder / "task.pt", weights_only=False)
+        module, _, name = task["work"].partition(":")
+        work = getattr(importlib.import_module(module), name)
+        result = work(Rank(rank, world, status.tell), *task["arguments"])
+        status.tell("finished")
+        torch.save(result, folder / f"result-{rank}.part")
+        os.replace(folder / f"result-{rank}.part", folder / f"result-{rank}.pt")
+        dist.barrier()  # nobody leaves while another still wants something of it
+        dist.destroy_process_group()
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        status.fail(f"{type(error).__name__}: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.stderr.flush()
+    code = main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may wait for a rank that is gone

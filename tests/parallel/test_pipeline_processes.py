@@ -1,0 +1,162 @@
+"""The pipeline run by real processes: the same numbers as one process, and an end to every fault."""
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+
+import pipeline_work as work
+import pytest
+import torch
+
+from dsv3lib.errors import ConfigError, TrainingError
+from dsv3lib.pipeline import schedule
+from dsv3lib.pipeline.runtime.layout import Layout, cut
+from dsv3lib.pipeline.runtime.links import in_threads
+from dsv3lib.pipeline.runtime.processes import launch
+
+# Pairwise: schedule, layout, recomputation; FP8 once with one direction and once with two.
+CASES = {
+    2: [
+        ("1f1b", 2, 1, 4, False, "none"), ("gpipe", 2, 1, 3, True, "none"), ("interleaved", 2, 1, 4, True, "none"),
+        ("zbv", 2, 1, 4, False, "none"), ("dualpipev", 2, 1, 4, True, "none"), ("dualpipe", 2, 1, 4, True, "none"),
+        ("zb1p", 2, 1, 4, True, "tile"),
+    ],
+    4: [
+        ("dualpipe", 4, 1, 8, False, "none"), ("zb1p", 4, 1, 6, True, "none"), ("dualpipe", 2, 2, 4, False, "none"),
+        ("dualpipe", 4, 1, 8, True, "tile"),
+    ],
+}  # fmt: skip
+ONE_WAY = ("1f1b", "gpipe", "interleaved", "zb1p", "zbv", "dualpipev")
+_HERE = os.path.dirname(work.__file__)
+
+
+@pytest.fixture(autouse=True)
+def path_for_processes(monkeypatch):
+    """The processes import this folder's work by its full name."""
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([_HERE, *([before] if before else [])]))
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_processes_agree_with_one_process(world):
+    name = f"{work.__name__}:all_cases"
+    by_rank = launch(world, name, [CASES[world]], timeout=200)
+    assert len({results[0]["pid"] for results in by_rank} | {os.getpid()}) == world + 1
+    for number, case in enumerate(CASES[world]):
+        ranks = [results[number] for results in by_rank]
+        reference = in_threads(world, lambda links, case=case: work.train(lambda _: links, case))
+        for rank, (found, wanted) in enumerate(zip(ranks, reference, strict=True)):
+            assert found["steps"] == wanted["steps"], (case, rank)
+            assert found["weights"].keys() == wanted["weights"].keys()
+            for name_, weight in found["weights"].items():
+                assert torch.equal(weight, wanted["weights"][name_]), (case, rank, name_)
+            assert found["bytes"] == wanted["bytes"] > 0
+            assert found["peak"] <= (case[1] + 1 if case[0].startswith("dualpipe") and case[1] > 2 else 9)
+        _copies_are_equal(ranks)
+        if case[5] == "none":
+            _agrees_with_the_plain_model(case, ranks)
+
+
+def _copies_are_equal(ranks):
+    seen = {}
+    for found in ranks:
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, seen.setdefault(name, weight)), name
+        for layer, bias in found["biases"].items():
+            assert torch.equal(bias, seen.setdefault(("bias", layer), bias)), layer
+
+
+def _agrees_with_the_plain_model(case, ranks):
+    plain = work.plain(case)
+    for step, ((loss, norm, load), (loss_, norm_, load_)) in enumerate(
+        zip(ranks[0]["steps"], plain["steps"], strict=True)
+    ):
+        assert abs(loss - loss_) < 1e-12 and abs(norm - norm_) < 1e-12, (case, step)
+        assert load == load_
+        if step == 0 and case[0] != "dualpipe":
+            assert loss == loss_, case
+    named = {name for found in ranks for name in found["weights"]}
+    assert named == plain["weights"].keys()
+    for found in ranks:
+        for name, weight in found["weights"].items():
+            assert (weight - plain["weights"][name]).abs().max() < 1e-9, (case, name)
+
+
+def test_a_forgotten_direction_is_seen():
+    """Wrong on purpose: without the sum over both directions' copies the weights drift from the plain model's."""
+    case = ("dualpipe", 2, 1, 4, False, "none")
+
+    def forget(links):
+        own = links.gather
+        links.gather = lambda tensor, ranks: [own(tensor, ranks)[0]]  # the first copy's gradients alone
+        return work.train(lambda _: links, case)
+
+    with pytest.raises(AssertionError):
+        _agrees_with_the_plain_model(case, in_threads(2, forget))
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop", "raise"])
+def test_a_fault_ends_the_run_and_is_named(kind):
+    moments = random.Random(os.environ.get("DSV3_FAULT_SEED", kind))
+    for _ in range(int(os.environ.get("DSV3_FAULTS", 1))):
+        who, struck, pids = moments.randrange(2), [], []
+
+        def on_start(started, who=who, struck=struck, pids=pids):
+            pids += started
+            if kind != "raise":
+                sign = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+
+                def strike():
+                    struck.append(time.monotonic())
+                    os.kill(started[who], sign)
+
+                timer = threading.Timer(moments.uniform(6.0, 9.0), strike)
+                timer.daemon = True
+                timer.start()
+
+        with pytest.raises(TrainingError, match=f"rank {who} ") as caught:
+            moment = moments.randrange(3, 30)
+            launch(2, f"{work.__name__}:fault", [kind, who, moment], timeout=100, on_start=on_start)
+        assert re.search(r"during \S+", str(caught.value))
+        if struck:
+            assert time.monotonic() - struck[0] < 15
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+def test_bad_layouts_are_refused_before_a_process_starts():
+    with pytest.raises(ConfigError, match="stages"):
+        cut(work.config(), 9)
+    with pytest.raises(ConfigError, match="tp=2"):
+        Layout.parse("pp=2,tp=2")
+    with pytest.raises(ConfigError, match="world size: 3"):
+        Layout.parse("pp=2,dp=2").refuse_world(3)
+    with pytest.raises(ConfigError, match="processes: 99"):
+        launch(99, "none:none")
+    assert Layout.parse("pp=4,ep=1,dp=2").world == 8
+
+
+def test_the_cut_holds_every_layer_once():
+    config = work.config()
+    for stages in range(1, 9):
+        parts = cut(config, stages)
+        assert [block for part in parts for block in part.blocks] == list(range(config.num_hidden_layers))
+        assert parts[0].first and parts[-1].last and sum(part.first + part.last for part in parts) == 2
+
+
+def test_ranks_with_other_weights_are_refused():
+    from dsv3lib.pipeline.runtime.engine import Engine
+
+    def other(links):
+        model = work.fresh()
+        if links.rank == 1:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] += 1
+        Engine(model, schedule("1f1b", 2, 2), Layout(2), links)
+
+    with pytest.raises(ConfigError, match="another weights"):
+        in_threads(2, other)
