@@ -54,7 +54,7 @@ def test_processes_agree_with_one_process(world):
             for name_, weight in found["weights"].items():
                 assert torch.equal(weight, wanted["weights"][name_]), (case, rank, name_)
             assert found["bytes"] == wanted["bytes"] > 0
-            assert found["peak"] <= (case[1] + 1 if case[0].startswith("dualpipe") and case[1] > 2 else 9)
+            assert case[0] != "dualpipe" or found["peak"] == case[1] + 1  # the paper's Table 2
         _copies_are_equal(ranks)
         if case[5] == "none":
             _agrees_with_the_plain_model(case, ranks)
