@@ -4,6 +4,7 @@ All models of a seed start from the same weights of the main model and read the 
 behind it in training, two depths of equal size:
 
 - "none": nothing, next-token prediction alone;
+- "longer": nothing either, but with as much more text as fits into the time that a chain takes;
 - "chain": DeepSeek-V3's, module k reads the hidden state of module k − 1 and the embedding of token i + k (Eq. 21);
 - "before_norm": the same chain, but what is handed on is the state before the norm that the head reads;
 - "heads": independent heads in the manner of Medusa. Each reads the main model's hidden state and the embedding of
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,13 @@ from ..model.loss import next_token_loss
 from .log import FOLDER, record
 from .small_models import BYTES, manual, rows_of, small_config, train
 
-KINDS = ("none", "chain", "before_norm", "heads")
+KINDS = ("none", "chain", "before_norm", "heads", "longer")
+PLAIN = ("none", "longer")
+"""Kinds that train the main model alone."""
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, LENGTH, DEPTHS = 500, 128, 2
+LONGER = 2.2
+"""Times as many steps for "longer": what a step with two modules behind two blocks takes, over one without."""
 PROBED = (2, 3)
 """How many tokens ahead the probe is asked for."""
 _SUM = 10  # bytes of one sum, "37+48=085;"
@@ -60,7 +65,8 @@ def depth_logits(
     """Logits of the main model and of each depth, as the kind builds it; and the main head's input.
 
     Args:
-        model: with two modules. rows: token ids. kind: of ``KINDS``.
+        model: with two modules. rows: token ids.
+        kind: of ``KINDS``, or "own_target": a chain that is shown what it is to predict.
     """
     main, mtp = model.model.layers[: model.model.n_main], model.model.layers[model.model.n_main :]
     step, embeddings = model.begin(rows), model.model.embed_tokens(rows)
@@ -70,10 +76,12 @@ def depth_logits(
     hidden = step.backend.norm(model.model.norm, x)
     logits = [model.lm_head(hidden)]
     handed_on = x if kind == "before_norm" else hidden
-    for k, module in enumerate(() if kind == "none" else mtp, start=1):
+    for k, module in enumerate(() if kind in PLAIN else mtp, start=1):
         width = rows.shape[1] - k
         handed_on = (hidden if kind == "heads" else handed_on)[:, :width]
         seen = embeddings[:, :width] if kind == "heads" else embeddings[:, k:]
+        if kind == "own_target":  # the mistake of one place; the last position has no target and keeps its own
+            seen = torch.cat([embeddings[:, k + 1 :], embeddings[:, -1:]], 1)
         ahead: Step = replace(step, rotations=step.rotations[:width])
         x, _ = module(module.enter(handed_on, seen, ahead), ahead)
         normalised = module.leave(x, ahead)
@@ -111,7 +119,7 @@ def train_one(kind: str, seed: int, steps: int = STEPS) -> Iterator[tuple[DeepSe
         losses = [next_token_loss(one, rows, k) for k, one in enumerate(logits, start=1)]
         return losses[0] + (model.mtp_loss_weight / DEPTHS * sum(losses[1:]) if losses[1:] else 0.0)
 
-    for loss in train(model, steps, loss_of):
+    for loss in train(model, round(LONGER * steps) if kind == "longer" else steps, loss_of):
         yield model, loss
 
 
@@ -129,7 +137,7 @@ def run(kind: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
     text, unseen = _text()
     found = {"text_loss": text_loss(model, unseen), "digits": digit_accuracy(model)}
     found["probe"] = {str(n): probe(model, text, unseen, n) for n in PROBED}
-    if kind != "none":
+    if kind not in PLAIN:
         found |= acceptance(model, unseen, kind)
     if kind in ("chain", "before_norm"):
         other = {"chain": "before_norm", "before_norm": "chain"}[kind]
@@ -202,10 +210,32 @@ def probe(model: DeepSeekV3, text: Tensor, unseen: Tensor, ahead: int, steps: in
         return round(F.cross_entropy(layer((x_new - mean) / spread), y_new).item(), 5)
 
 
+def by_seed(rows: list[dict[str, Any]], kind: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """One value of every run of a kind, in the order of the seeds: what lines up, seed for seed, with another kind's.
+
+    Args:
+        rows: of the log. kind: of ``KINDS``. value: takes a row.
+    """
+    return [value(row) for row in sorted(rows, key=lambda row: row["seed"]) if row["kind"] == kind]
+
+
+def difference(
+    rows: list[dict[str, Any]], kind: str, value: Callable[[dict[str, Any]], float], against: str = "none"
+) -> list[float]:
+    """How much more a kind has than another, seed by seed; what the seed itself does cancels out.
+
+    Args:
+        rows: of the log. kind, against: of ``KINDS``. value: takes a row.
+    """
+    return [
+        a - b for a, b in zip(by_seed(rows, kind, value), by_seed(rows, against, value), strict=True)
+    ]
+
+
 def parameters(kind: str) -> int:
     """Trained parameters of a kind."""
     with torch.device("meta"):
-        model = DeepSeekV3(small_config(BYTES, 16, num_nextn_predict_layers=0 if kind == "none" else DEPTHS))
+        model = DeepSeekV3(small_config(BYTES, 16, num_nextn_predict_layers=0 if kind in PLAIN else DEPTHS))
     return sum(p.numel() for p in model.parameters())
 
 

