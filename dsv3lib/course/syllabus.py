@@ -36,7 +36,7 @@ _ROWS = (
     ("01_mla_latent_cache", "mla", 75, "attention latent cache", "one small latent instead of all keys and values"),
     ("02_decoupled_rope", "rope", 70, "attention rope", "the position travels beside the latent, not through it"),
     ("03_bias_based_routing", "routing", 75, "router experts", "a bias balances the experts, without a loss"),
-    ("04_mtp_chain", "mtp", 50, "mtp head loss", "predicting further, one causal step at a time"),
+    ("04_mtp_chain", "mtp", 60, "mtp head loss", "predicting further, one causal step at a time"),
     ("05_fp8_tile_quantization", "fp8", 70, "precision", "eight bits, one scale for each tile"),
     ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),
     ("07_speculative_decoding", "spec", 45, "mtp head", "draft, verify, and keep the distribution"),

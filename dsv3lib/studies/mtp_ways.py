@@ -80,7 +80,7 @@ def depth_logits(
         width = rows.shape[1] - k
         handed_on = (hidden if kind == "heads" else handed_on)[:, :width]
         seen = embeddings[:, :width] if kind == "heads" else embeddings[:, k:]
-        if kind == "own_target":  # the mistake of one place; the last position has no target and keeps its own
+        if kind == "own_target":  # one place too far; the last position has no target
             seen = torch.cat([embeddings[:, k + 1 :], embeddings[:, -1:]], 1)
         ahead: Step = replace(step, rotations=step.rotations[:width])
         x, _ = module(module.enter(handed_on, seen, ahead), ahead)
@@ -227,9 +227,7 @@ def difference(
     Args:
         rows: of the log. kind, against: of ``KINDS``. value: takes a row.
     """
-    return [
-        a - b for a, b in zip(by_seed(rows, kind, value), by_seed(rows, against, value), strict=True)
-    ]
+    return [a - b for a, b in zip(by_seed(rows, kind, value), by_seed(rows, against, value), strict=True)]
 
 
 def parameters(kind: str) -> int:

@@ -36,9 +36,7 @@ def chain(states: Sequence[Sequence[float]], embeddings: Sequence[Sequence[float
         left = 0.2 + 3.3 * k
         block = d.box(left, 1.35, part, "L blocks" if k == 0 else "join, 1 block", w=1.5, h=0.75)
         state = d.box(left, 2.65, f"h_i^{k}", "[d]", meaning="latent", w=1.5)
-        guess = d.box(
-            left, 3.75, f"t_{{i+{k + 1}}}", "predicted", meaning=_NEXT, w=1.5, h=0.6
-        )
+        guess = d.box(left, 3.75, f"t_{{i+{k + 1}}}", "predicted", meaning=_NEXT, w=1.5, h=0.6)
         name = "t_{\\leq i}" if k == 0 else f"t_{{i+{k}}}"
         meaning = "content" if k == 0 else _NEW
         seen = d.box(left, 0.45, name, "read" if k == 0 else "shown too", meaning=meaning, w=1.5, h=0.6)
@@ -83,9 +81,7 @@ def seen(tokens: Sequence[str], position: int, depth: int) -> Drawn:
     d.note(left, 1.95, f"h at i = {position}, of {who}", size=10)
     d.arrow((left + 0.4 * wide, 1.85), (left + 0.4 * wide, 1.55), meaning="latent")
     if target < len(tokens):
-        d.arrow(
-            (left + 0.4 * wide, 0.85), (0.1 + (target + 0.4) * wide, 0.85), meaning=_NEXT, bend=0.35
-        )
+        d.arrow((left + 0.4 * wide, 0.85), (0.1 + (target + 0.4) * wide, 0.85), meaning=_NEXT, bend=0.35)
         said = f"predicts token {target}"
     else:
         said = "has no target: the text ends first"
@@ -113,7 +109,10 @@ def moved(rows: Sequence[Sequence[bool]], changed: int) -> Drawn:
     """
     length = len(rows[0])
     fig, ax = style.figure(
-        f"Token {changed} is changed: whose logits move", "position i", None, size=(8.2, 0.62 * len(rows) + 1.5)
+        f"Token {changed} is changed: whose logits move",
+        "position i",
+        None,
+        size=(8.2, 0.62 * len(rows) + 1.5),
     )
     for k, row in enumerate(rows):
         for i, one in enumerate(row):
