@@ -62,13 +62,13 @@ def logits_of(ids):
 
 
 def whose_move(changed):
-    """A row for each depth: True where the logits moved."""
     other = ids.clone()
     other[0, changed] = (other[0, changed] + 1) % tiny.vocab_size
-    pairs = zip(logits_of(ids), logits_of(other), strict=True)
+    pairs = zip(logits_of(ids), logits_of(other), strict=True)  # a row for each depth
     return [((a - b).abs().amax(-1) > 1e-9).tolist() for a, b in pairs]
 
 
+# %%
 predict(
     "mtp.p1",
     "Token 8 is changed. Which is the first position whose logits move at depth 2?",
@@ -181,7 +181,7 @@ assert worst < 1e-6
 print("depths:", len(mine), "· your chain is the library's:", worst < 1e-6)
 
 # %% [markdown]
-# Is it really a chain? Give only the *first* module other weights.
+# Your joint in the library's chain gives the library's logits. <!-- claim: same --> Is it really a chain? Give only the *first* module other weights.
 
 # %%
 from dsv3lib.studies import mtp_ways
@@ -200,7 +200,7 @@ with torch.no_grad():
     small.model.layers[small.model.n_main].eh_proj.weight.neg_()
     after = depth_logits(small, text, "chain")[0]
 change = [float((a - b).abs().max()) for a, b in zip(before, after, strict=True)]
-table(["logits of", "changed"], [[n, c > 0] for n, c in zip(("main", 1, 2), change, strict=True)])
+table(["depth", "logits changed"], [[k, c > 0] for k, c in enumerate(change)])
 assert change[0] == 0 and change[1] > 1e-3 and change[2] > 1e-3
 reveal("mtp.p2", "depth 1's and 2's", because="Depth 2 starts from what depth 1 handed on.")
 
@@ -255,6 +255,7 @@ def trained(kind):
     return model
 
 
+# %%
 @torch.no_grad()
 def by_depth(model, kind):
     """Nats per byte of unseen text, of the main model and of each depth."""
@@ -276,7 +277,7 @@ style.show(*figures.by_depth(losses, "Loss on unseen text, by depth", "nats per 
 rise = {name: values[2] - values[0] for name, values in losses.items()}
 measured("; ".join(f"{name}: {value:+.2f} nats" for name, value in rise.items()))
 assert FAST or rise["chain"] < 0.5 * rise["independent heads"]
-reveal("mtp.p3", "it hardly rises, or falls", because="It has read every token up to its target.")
+reveal("mtp.p3", "it hardly rises, or falls", because="It has read all up to its target.")
 
 # %% [markdown]
 # A chain at depth $k$ is asked what the main model is asked $k$ places later, with the same tokens read. It goes through $k$
@@ -321,7 +322,8 @@ batch = torch.tensor(tokens[: 16 * 256]).view(16, 256)
 with torch.no_grad():
     out = tiny_v3(batch, return_mtp=True)
 each = [next_token_loss(x, batch, k) for k, x in enumerate([out.logits, *out.mtp_logits], 1)]
-table(["depth", "nats per token"], [[k, round(x.item(), 2)] for k, x in enumerate(each)])
+rows = [[k, round(x.item(), 2)] for k, x in enumerate(each)]
+table(["depth", "nats per token"], rows, varies=True)
 assert tiny_v3.config.num_hidden_layers == 12 and len(each) == 3
 assert abs(each[2] - each[0]) < 0.5 * each[0]
 
@@ -399,13 +401,16 @@ style.show(*figures.paired(against, "difference"))
 better = {question: max(kinds["chain"]) < 0 for question, kinds in against.items()}
 table(["question", "better from every seed"], [[q, yes] for q, yes in better.items()])
 assert [q for q, yes in better.items() if yes] == ["two places ahead"] and len(seeds) == 5
+assert all(max(against[q]["heads"]) < 0 for q in ("two places ahead", "loss on text"))
 reveal("mtp.p4", "two places ahead", because="That is what module 1 needs of the state.")
 
 # %% [markdown]
-# **The state holds a little more of the token after next**, from all five seeds; three places ahead, on the sums and on
-# the text nothing is sure. <!-- claim: plan --> By chance all five would agree once in sixteen times. So the small model
-# passes the weakest form of the claim and fails the useful one. The paper's ablation (Table 4) finds gains at
-# 15.7B and 228.7B parameters; this does not contradict it.
+# **The chain's state holds a little more of the token after next**, from all five seeds; three places ahead, on the sums and
+# on the text nothing is sure. By chance five agree once in sixteen times, and we asked four questions; but the heads show the
+# same. They alone also lower the loss on text from every seed, which the chain does not. <!-- claim: plan -->
+#
+# So the small model passes the weakest form of the claim and fails the useful one. The paper's ablation (Table 4) finds gains
+# at 15.7B and 228.7B parameters; this does not contradict it.
 #
 # ## What it costs
 #
@@ -461,9 +466,11 @@ assert left == [6, 4, 2, 0]
 # %% tags=["claim:peek"]
 peeking = trained("own_target")
 train_loss, used = by_depth(peeking, "own_target"), by_depth(peeking, "chain")
-rows = [[f"depth {k}", *(round(x[k], 2) for x in (losses["chain"], train_loss, used))] for k in (1, 2)]
+columns = losses["chain"], train_loss, used
+rows = [[f"depth {k}", *(round(x[k], 2) for x in columns)] for k in (1, 2)]
 table(["nats per byte", "chain", "own target: in training", "in use"], rows, varies=True)
-assert FAST or (train_loss[1] < 0.6 * losses["chain"][1] and used[1] > losses["chain"][1] + 0.5)
+honest = losses["chain"][1]
+assert FAST or (train_loss[1] < 0.6 * honest and used[1] > honest + 0.5)
 
 # %% [markdown]
 # The loss looks splendid, and the module is worthless: it has learnt to copy. A training loss that is too good is a sign to
@@ -477,7 +484,8 @@ from unittest import mock
 from dsv3lib.layers.mtp import MTPModule
 
 right, shift = MTPModule.advance, -1
-with mock.patch.object(MTPModule, "advance", lambda s, h, e, t: right(s, h, e.roll(shift, 1), t)):
+slip = lambda self, h, e, step: right(self, h, e.roll(shift, 1), step)  # noqa: E731
+with mock.patch.object(MTPModule, "advance", slip):
     slipped = whose_move(8)
 figure, alt, _ = figures.moved(slipped, 8)
 style.show(figure, alt=alt, caption="Beside the first grid: one place too early.")
