@@ -31,6 +31,7 @@ FAST = False  # True: fewer steps
 
 # %%
 import torch
+import torch.nn.functional as F  # noqa: F401  (an answer may use it)
 
 from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.course import check, exercise, measured, predict, reveal, setup, symbols, table
