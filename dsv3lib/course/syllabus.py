@@ -39,7 +39,7 @@ _ROWS = (
     ("04_mtp_chain", "mtp", 60, "mtp head loss", "predicting further, one causal step at a time"),
     ("05_fp8_tile_quantization", "fp8", 70, "precision", "eight bits, one scale for each tile"),
     ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),
-    ("07_speculative_decoding", "spec", 45, "mtp head", "draft, verify, and keep the distribution"),
+    ("07_speculative_decoding", "spec", 50, "mtp head", "draft, verify, and keep the distribution"),
     ("08_long_context", "long", 50, "rope cache", "a longer context without starting again"),
 )  # fmt: skip
 """Stem, short name, minutes, parts of the map, idea: a lesson more is a row more."""

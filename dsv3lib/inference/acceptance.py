@@ -67,3 +67,13 @@ class SpeculationStatistics:
 def expected_tokens_per_pass(acceptance: float, draft_tokens: int) -> float:
     """Σ_{k=0}^{m} a^k = (1 − a^{m+1}) / (1 − a): m drafts, each standing with probability a by itself."""
     return sum(acceptance**k for k in range(draft_tokens + 1))
+
+
+def expected_speedup(acceptance: float, draft_tokens: int, pass_cost: float, draft_cost: float) -> float:
+    """Tokens per time with speculation, over tokens per time without it (Leviathan et al., 2023, §3.3).
+
+    Args:
+        acceptance: probability that a draft stands, 0 to 1. draft_tokens: m.
+        pass_cost: a pass over m + 1 tokens. draft_cost: one draft. Both over the cost of a pass over one token.
+    """
+    return expected_tokens_per_pass(acceptance, draft_tokens) / (pass_cost + draft_tokens * draft_cost)

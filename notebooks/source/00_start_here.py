@@ -387,7 +387,7 @@ import json
 from dsv3lib.course import data_folder
 from dsv3lib.training.text.tokenizer import Tokenizer
 
-trained = DeepSeekV3.from_pretrained("tiny-v3").to(session.device)
+trained = DeepSeekV3.from_pretrained("tiny-v3", dtype=torch.float32).to(session.device)
 spelling = Tokenizer.from_pretrained("tiny-v3")
 rows = [(one, write(one, trained, spelling)) for one in prompts]
 table(["it was given", "tiny-v3 wrote"], rows, varies=True)
