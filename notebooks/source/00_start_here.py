@@ -393,7 +393,8 @@ rows = [(one, write(one, trained, spelling)) for one in prompts]
 table(["it was given", "tiny-v3 wrote"], rows, varies=True)
 card = json.loads((data_folder() / "checkpoints/tiny-v3/results.json").read_text())
 bits = card["bits_per_byte"]["all"]
-names_of = {"unigram": "knows what is common", "dense": "the dense twin", "model": "tiny-v3", "five_gram": "the 5-gram"}
+names_of = {"unigram": "knows what is common", "dense": "the dense twin",
+            "model": "tiny-v3", "five_gram": "the 5-gram"}  # fmt: skip
 table(["who", "bits per byte"], [[who, round(bits[one], 2)] for one, who in names_of.items()])
 assert bits["five_gram"] < bits["model"] < bits["dense"] < bits["unigram"]
 assert spelling.vocab_size == trained.config.vocab_size == 2048

@@ -20,6 +20,9 @@ CLAIMS = {
     "planted": Off("if a scale for the tensor did not mind",
                    "study = json.loads(json.dumps(study))\n"
                    "for row in study['outliers']: row['effects']['tensor'] = row['effects']['tile']"),
+    "runs": Off("if the runs had moved by a per cent",
+                "study = json.loads(json.dumps(study))\n"
+                "study['runs']['summary']['tile']['verdict'] = 'beyond'"),
     "bytes": Off("with everything kept as it is", "from dsv3lib.linear import PLAIN\n"
                  "patch(Recipe, 'named', lambda name: PLAIN)"),
     "underflow": Off("with powers of two for both", "plain = along_rows\n"
