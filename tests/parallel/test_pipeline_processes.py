@@ -1,5 +1,6 @@
 """The pipeline run by real processes: the same numbers as one process, and an end to every fault."""
 
+import json
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from dsv3lib.pipeline import schedule
 from dsv3lib.pipeline.runtime.layout import Layout, cut
 from dsv3lib.pipeline.runtime.links import in_threads
 from dsv3lib.pipeline.runtime.processes import launch
+from dsv3lib.pipeline.runtime.trace import write_chrome_trace
 
 # Pairwise: schedule, layout, recomputation; FP8 once with one direction and once with two.
 CASES = {
@@ -160,3 +162,15 @@ def test_ranks_with_other_weights_are_refused():
 
     with pytest.raises(ConfigError, match="another weights"):
         in_threads(2, other)
+
+
+def test_the_trace_shows_every_action_of_every_rank(tmp_path):
+    case = ("dualpipe", 2, 1, 4, False, "none")
+    ranks = in_threads(2, lambda links: work.train(lambda _: links, case))
+    write_chrome_trace(tmp_path / "trace.json", [found["spans"] for found in ranks])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for rank, row in enumerate(schedule("dualpipe", 2, 4).actions):
+        mine = [event for event in events if event["pid"] == rank and event["ph"] == "X"]
+        assert [event["name"] for event in mine] == [str(action) for action in row]
+        for one, after in zip(mine, mine[1:], strict=False):
+            assert 0 <= one["ts"] and one["ts"] + one["dur"] <= after["ts"] + 1  # one thing at a time; µs
