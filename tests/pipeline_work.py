@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -103,7 +104,7 @@ def plain(case):
     return {"steps": steps, "weights": {name: p.detach() for name, p in model.named_parameters()}}
 
 
-def fault(rank, kind, who, moment):
+def fault(rank, kind, who, moment, begun):
     """A run in which one rank raises at a moment, or all go on until somebody does something to one of them."""
     done = 0
 
@@ -111,6 +112,8 @@ def fault(rank, kind, who, moment):
         nonlocal done
         rank.tell(doing)
         done += 1
+        if rank.rank == who:
+            Path(begun).touch()
         time.sleep(0.02)
         if kind == "raise" and rank.rank == who and done == moment:
             raise ValueError("made on purpose")

@@ -101,27 +101,37 @@ def test_a_forgotten_direction_is_seen():
 
 
 @pytest.mark.parametrize("kind", ["kill", "stop", "raise"])
-def test_a_fault_ends_the_run_and_is_named(kind):
+def test_a_fault_ends_the_run_and_is_named(kind, tmp_path):
     moments = random.Random(os.environ.get("DSV3_FAULT_SEED", kind))
-    for _ in range(int(os.environ.get("DSV3_FAULTS", 1))):
+    for number in range(int(os.environ.get("DSV3_FAULTS", 1))):
         who, struck, pids = moments.randrange(2), [], []
+        begun, wait, moment = tmp_path / str(number), moments.uniform(0.0, 3.0), moments.randrange(3, 30)
 
-        def on_start(started, who=who, struck=struck, pids=pids):
+        def on_start(started, who=who, struck=struck, pids=pids, begun=begun, wait=wait):
             pids += started
             if kind != "raise":
                 sign = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
 
                 def strike():
+                    while not begun.exists():  # the ranks are at work, however long their imports took
+                        time.sleep(0.05)
+                    time.sleep(wait)
                     struck.append(time.monotonic())
                     os.kill(started[who], sign)
 
-                timer = threading.Timer(moments.uniform(6.0, 9.0), strike)
-                timer.daemon = True
-                timer.start()
+                striker = threading.Thread(target=strike)
+                striker.daemon = True
+                striker.start()
 
         with pytest.raises(TrainingError, match=f"rank {who} ") as caught:
-            moment = moments.randrange(3, 30)
-            launch(2, f"{work.__name__}:fault", [kind, who, moment], timeout=100, on_start=on_start)
+            arguments = [kind, who, moment, str(begun)]
+            launch(
+                2,
+                f"{work.__name__}:fault",
+                arguments,
+                timeout=100,
+                on_start=on_start,
+            )
         assert re.search(r"during \S+", str(caught.value))
         if struck:
             assert time.monotonic() - struck[0] < 15

@@ -25,6 +25,8 @@ from . import status
 
 SILENCE = 8.0
 """Seconds without a sign of life after which a rank counts as stopped."""
+STARTING = 60.0
+"""Seconds that a process may take to its first sign of life: imports on a busy machine."""
 GRACE = 2.0
 """Seconds in which other ranks may still say what they saw, after the first has failed."""
 MOST = 16
@@ -107,7 +109,8 @@ def _watch(started: list[subprocess.Popen], folder: Path, timeout: float | int) 
             raise _failure([process.poll() for process in started], folder)
         for rank, code in enumerate(codes):
             seen = status.read(folder, rank)
-            if code is None and seen.beat and now - seen.beat > SILENCE:
+            silent = now - seen.beat if seen.beat else now - begun - STARTING
+            if code is None and silent > SILENCE:
                 raise TrainingError(
                     f"rank {rank} stopped during {seen.doing}: no sign of life for {SILENCE:g} s; all ranks were "
                     "ended, the last save point stands"
