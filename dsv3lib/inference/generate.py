@@ -27,6 +27,7 @@ def generate(
     top_p: float = 1.0,
     speculative: bool = False,
     *,
+    top_k: int | None = None,
     stop_tokens: Collection[int] | None = None,
     lengths: Int[Tensor, "*rows"] | None = None,
     generator: torch.Generator | None = None,
@@ -43,6 +44,7 @@ def generate(
         top_p: sample among the likeliest tokens that together hold this probability.
         speculative: let the MTP modules draft and the model verify (paper §5.4.3): the same tokens where
             greedy, the same distribution where sampled, in fewer steps.
+        top_k: sample among so many likeliest tokens, before ``top_p`` cuts further; by default all.
         stop_tokens: a row ends with the first of these; by default all that the checkpoint's
             ``generation_config.json`` names, else the configuration's ``eos_token_id``.
         lengths: [B], tokens of each prompt.
@@ -61,7 +63,7 @@ def generate(
         ContextLengthError: prompt plus ``max_new_tokens`` is too long.
     """
     request = Request.of(
-        model, input_ids, max_new_tokens, temperature, top_p, stop_tokens, lengths, generator
+        model, input_ids, max_new_tokens, temperature, top_p, stop_tokens, lengths, generator, top_k
     )
     rows = request.rows()
     if speculative:
@@ -87,6 +89,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     *,
+    top_k: int | None = None,
     stop_tokens: Collection[int] | None = None,
     lengths: Int[Tensor, "*rows"] | None = None,
     generator: torch.Generator | None = None,
@@ -100,7 +103,7 @@ def stream(
         InputError: as ``generate``, at the call and not at the first token.
     """
     request = Request.of(
-        model, input_ids, max_new_tokens, temperature, top_p, stop_tokens, lengths, generator
+        model, input_ids, max_new_tokens, temperature, top_p, stop_tokens, lengths, generator, top_k
     )
     return _steps(model, request)
 

@@ -50,6 +50,7 @@ class Request:
         stop_tokens: Collection[int] | None = None,
         lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
+        top_k: int | None = None,
     ) -> Request:
         """Check the arguments of ``generate`` and put in what was left out.
 
@@ -58,7 +59,7 @@ class Request:
                 together pass ``max_position_embeddings``.
         """
         config = model.config
-        sampler = Sampler(temperature, top_p, generator)
+        sampler = Sampler(temperature, top_p, generator, top_k)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
         if input_ids.ndim != 2 or input_ids.numel() == 0:

@@ -21,6 +21,7 @@ class Sampler:
         temperature: 0 takes the likeliest token, otherwise logits are divided by it and sampled.
         top_p: sample among the likeliest tokens that together hold this probability.
         generator: source of the sampling, on the logits' device; torch's global one by default.
+        top_k: sample among so many likeliest tokens; ``None`` keeps all. It cuts before ``top_p`` does.
 
     Raises:
         InputError: a setting is out of range.
@@ -29,6 +30,7 @@ class Sampler:
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
@@ -37,6 +39,8 @@ class Sampler:
             )
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p: {self.top_p}, expected a number in (0, 1]; 1 keeps all tokens")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k: {self.top_k}, expected at least 1; None keeps all tokens")
 
     @property
     def greedy(self) -> bool:
@@ -45,7 +49,7 @@ class Sampler:
 
     def probabilities(self, logits: Float[Tensor, "*B vocab"]) -> Float[Tensor, "*B vocab"]:
         """The distribution that ``choose`` draws from."""
-        return probabilities(logits, self.temperature, self.top_p)
+        return probabilities(logits, self.temperature, self.top_p, self.top_k)
 
     def choose(self, logits: Float[Tensor, "*B vocab"]) -> Int[Tensor, "*B"]:
         """Pick a token from each row of logits."""
@@ -62,7 +66,7 @@ class Sampler:
 
 
 def probabilities(
-    logits: Float[Tensor, "*B vocab"], temperature: float, top_p: float = 1.0
+    logits: Float[Tensor, "*B vocab"], temperature: float, top_p: float = 1.0, top_k: int | None = None
 ) -> Float[Tensor, "*B vocab"]:
     """The distribution that is sampled from: softmax(logits / temperature), cut to its nucleus.
 
@@ -75,6 +79,8 @@ def probabilities(
         logits: of any dtype, and finite.
         temperature: logits are divided by it.
         top_p: in (0, 1]; 1 keeps all.
+        top_k: at least 1; so many likeliest tokens are kept, and the nucleus is that of what is left. ``None``
+            keeps all. Of tokens that tie at the edge those with the smaller ids stay.
 
     Returns:
         FP32, each row sums to 1.
@@ -82,6 +88,10 @@ def probabilities(
     if temperature == 0.0:
         one_hot = torch.zeros_like(logits, dtype=torch.float32)
         return one_hot.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        cut = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, kept, False)
+        logits = logits.masked_fill(cut, -torch.inf)
     if top_p < 1.0:
         # Sorted as logits, which no rounding has met yet: two tokens whose probabilities round alike keep their order.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)

@@ -269,6 +269,7 @@ class DeepSeekV3(nn.Module):
         top_p: float = 1.0,
         speculative: bool = False,
         *,
+        top_k: int | None = None,
         stop_tokens: Collection[int] | None = None,
         lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
@@ -283,6 +284,7 @@ class DeepSeekV3(nn.Module):
             temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
             top_p: sample among the likeliest tokens that together hold this probability.
             speculative: the MTP modules draft, the model verifies: the same text in fewer passes.
+            top_k: sample among so many likeliest tokens; by default all.
             stop_tokens: a row ends with the first of these; by default the checkpoint's end tokens.
             generator: source of the sampling.
             draft_tokens: drafts a pass, one per MTP module by default. statistics: counts what is accepted.
@@ -296,7 +298,7 @@ class DeepSeekV3(nn.Module):
         from ..inference.generate import generate
 
         return generate(
-            self, input_ids, max_new_tokens, temperature, top_p, speculative, stop_tokens=stop_tokens,
+            self, input_ids, max_new_tokens, temperature, top_p, speculative, top_k=top_k, stop_tokens=stop_tokens,
             lengths=lengths, generator=generator, draft_tokens=draft_tokens, statistics=statistics,
         )  # fmt: skip
 
