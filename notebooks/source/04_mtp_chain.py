@@ -529,9 +529,9 @@ assert apart < 1e-12
 #
 # ## At scale
 #
-# A module is a block like the others, so it runs on the block's kernels, and has none of its own. V3 puts the module on the last
-# pipeline rank, together with the head, so that embedding and head are shared in one place (§3.2.3); `num_nextn_predict_layers`
-# in a pipeline moves the balance of its ranks (lesson 06). Speeds of MTP on a GPU were not measured here.
+# A module is a block like the others, so it runs on the block's kernels, and has none of its own. DualPipe puts
+# the first and the last layers of V3 on the same rank, so that the module finds embedding and head there and shares both
+# physically, gradients too (§3.2.3; lesson 06). Speeds of MTP on a GPU were not measured here.
 
 # %% tags=["folded"]
 from dsv3lib.course import at_scale, progress
