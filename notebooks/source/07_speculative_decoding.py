@@ -28,7 +28,7 @@
 # (notebook 01).
 
 # %% tags=["parameters"]
-TOKENS = 64  # that are written for each prompt
+STEPS = 64  # that are written for each prompt
 SEED = 1234
 DEVICE = "cpu"
 FAST = False  # True: fewer prompts
@@ -47,7 +47,7 @@ from dsv3lib.viz.live import live
 
 session = setup(seed=SEED, notebook="07_speculative_decoding", device=DEVICE)
 model, texts = open_shipped(seed=SEED)
-draw = session.generator
+draw, LENGTH = session.generator, max(STEPS, 16)  # tokens
 
 # %% [markdown]
 # ## Why drafting can pay
@@ -66,7 +66,7 @@ def prompts_of(domain, count=1, length=32):
     return rows[:count, :length].to(session.device)
 
 
-def run(prompt, drafts=None, temperature=0.0, tokens=TOKENS, **other):
+def run(prompt, drafts=None, temperature=0.0, tokens=LENGTH, **other):
     """The rounds of one run, without the prompt's own, and their counts."""
     seeded = torch.Generator(session.device).manual_seed(SEED)
     request = Request.of(model, prompt, tokens, temperature, stop_tokens=(), generator=seeded)
@@ -85,10 +85,10 @@ predict(
 prompt = prompts_of("code")
 rounds, counts = run(prompt)
 text = [token for one in rounds for token in one.tokens[0]]
-plain = model.generate(prompt, TOKENS, stop_tokens=())[0, prompt.shape[1] :].tolist()
+plain = model.generate(prompt, LENGTH, stop_tokens=())[0, prompt.shape[1] :].tolist()
 same = text == plain
 measured(f"{counts.passes} passes for {counts.tokens} tokens; equal to plain decoding: {same}")
-assert same and counts.passes < 0.75 * TOKENS
+assert same and counts.passes < 0.75 * LENGTH
 because = f"{counts.passes}: a pass yields {counts.tokens_per_pass:.2f} tokens on average."
 reveal("spec.p1", "about 30", because=because, varies=True)
 
@@ -295,11 +295,12 @@ rows = [[n, *(f"{100 * a:.0f}" for a in one.acceptance_by_depth), f"{one.tokens_
         for n, one in by_domain.items()]  # fmt: skip
 head = ["text", "first stands (%)", "both (%)", "tokens per pass", "your formula"]
 table(head, rows, varies=True)
-assert all(one.acceptance_by_depth[1] < first[name] for name, one in by_domain.items())
+stood = [sum(one.accepted[k] for one in by_domain.values()) for k in (0, 1)]
+assert stood[1] < stood[0]
 
 # %% [markdown]
-# **The second draft stands less often than the first, on every text** <!-- claim: depth -->: it needs the first, and it looks
-# further. DeepSeek reports 85 to 90 percent for V3's second token (§5.4.3), of a model that has read a million times as much.
+# **The second draft stands less often than the first** <!-- claim: depth -->: it needs the first, and it looks further.
+# DeepSeek reports 85 to 90 percent for V3's second token (§5.4.3), of a model that has read a million times as much.
 #
 # Be careful with acceptance as a mark of quality. Where text is easy, drafts stand; a model that repeats itself has excellent
 # acceptance. `tiny-v3` is a weak model (a table of counts beats it, see its [card](../data/checkpoints/tiny-v3/README.md)), so
@@ -407,11 +408,11 @@ def seconds(work, times=3):
     return min(taken)
 
 
-plain_run = {"max_new_tokens": TOKENS, "stop_tokens": ()}
+plain_run = {"max_new_tokens": LENGTH, "stop_tokens": ()}
 plainly = seconds(lambda: model.generate(prompt, **plain_run))
 drafting = seconds(lambda: model.generate(prompt, speculative=True, **plain_run))
 # %%
-rows = [["plain", f"{TOKENS / plainly:.0f}"], ["two drafts", f"{TOKENS / drafting:.0f}"]]
+rows = [["plain", f"{LENGTH / plainly:.0f}"], ["two drafts", f"{LENGTH / drafting:.0f}"]]
 table(["decoding", "tokens per second, here"], rows, varies=True)
 measured(f"Speed-up on this machine: {plainly / drafting:.2f}")
 

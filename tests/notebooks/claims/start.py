@@ -20,10 +20,13 @@ CLAIMS = {
     ),
     "longer": Off(
         "with a dense twin that needs fewer bits",
+        "import json\n"
         "read = json.loads\n"
-        "def better(text):\n"
-        "    card = read(text)\n"
-        "    card['bits_per_byte']['all']['dense'] = 0.9 * card['bits_per_byte']['all']['model']\n"
+        "def better(text, **how):\n"
+        "    card = read(text, **how)\n"
+        "    if 'bits_per_byte' in card:\n"
+        "        bits = card['bits_per_byte']['all']\n"
+        "        bits['dense'] = 0.9 * bits['model']\n"
         "    return card\n"
         "patch(json, 'loads', better)",
     ),

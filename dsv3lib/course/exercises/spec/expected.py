@@ -37,7 +37,7 @@ def _check(answer: Callable[[float, int], object]) -> None:
 
 
 def _closed(a: float, m: int) -> float:
-    return m + 1 if a == 1 else (1 - a ** (m + 1)) / (1 - a)
+    return float(m + 1) if a == 1 else (1 - a ** (m + 1)) / (1 - a)
 
 
 def _by_cases(a: float, m: int) -> float:

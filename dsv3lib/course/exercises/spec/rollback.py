@@ -50,7 +50,10 @@ EXERCISES = (
             ("drafts, accepted", "integers", "drafts read; those that stood, from the front"),
             ("returns", "an integer", "latents that stay"),
         ),
-        hints=("Which tokens were read in this pass with nothing but right tokens before them?",),
+        hints=(
+            "Which tokens were read in this pass with nothing but right tokens before them?",
+            "The model's own token was said, not read: it has no latent yet.",
+        ),
         also_right=(
             RightAnswer("what was read, less what fell", lambda c, d, a: c + 1 + d - (d - a)),
             RightAnswer("the length of lists", lambda c, d, a: len([*range(c), 0, *range(a)])),
@@ -58,7 +61,7 @@ EXERCISES = (
             RightAnswer("as a float", lambda c, d, a: float(c + a + 1)),
         ),
         wrong=(
-            WrongAnswer("no rollback", lambda c, d, a: c + 1 + d, says="nothing is rolled back"),
+            WrongAnswer("no rollback", lambda c, d, a: c + 1 + d, says="rolled back"),
             WrongAnswer("the newest forgotten", lambda c, d, a: c + a, says="newest"),
             WrongAnswer("the own token counted", lambda c, d, a: c + 2 + a, says="own token"),
             WrongAnswer("standing drafts dropped", lambda c, d, a: c + 1, says="stood"),
