@@ -47,7 +47,7 @@ from dsv3lib.viz.live import live
 
 session = setup(seed=SEED, notebook="07_speculative_decoding", device=DEVICE)
 model, texts = open_shipped(seed=SEED)
-draw, LENGTH = session.generator, max(STEPS, 16)  # tokens
+draw, LENGTH = session.generator, max(STEPS, 48)  # tokens
 
 # %% [markdown]
 # ## Why drafting can pay
