@@ -9,7 +9,7 @@ import torch
 from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.errors import CheckpointError
 from dsv3lib.shipped import checkpoint_folder
-from dsv3lib.training.text.tokenizer import default_tokenizer
+from dsv3lib.training.text.tokenizer import Tokenizer, default_tokenizer
 
 CONFIG = ModelConfig.preset("nano").replace(num_hidden_layers=2, hidden_size=32, num_nextn_predict_layers=2)
 
@@ -80,3 +80,16 @@ def test_transformers_reads_the_shape_of_tiny_v3_and_gives_the_same_logits(tmp_p
     ids = torch.randint(6, config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_shipped_weights_give_the_same_logits_in_transformers():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoint_folder("tiny-v3")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = DeepSeekV3.from_pretrained("tiny-v3", dtype=torch.float32).eval()
+    text = "def __init__(self, name):\n    self.name = name\n"
+    ids = torch.tensor([Tokenizer.from_pretrained("tiny-v3").encode(text, bos=True)])
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
