@@ -113,7 +113,7 @@ def _watch(started: list[subprocess.Popen], folder: Path, timeout: float | int) 
             if code is None and silent > SILENCE:
                 raise TrainingError(
                     f"rank {rank} stopped during {seen.doing}: no sign of life for {SILENCE:g} s; all ranks were "
-                    "ended, the last save point stands"
+                    "ended"
                 )
         if now - begun > timeout:
             doing = "; ".join(f"rank {r}: {status.read(folder, r).doing}" for r in range(len(started)))
@@ -127,8 +127,7 @@ def _failure(codes: list[int | None], folder: Path) -> Dsv3Error:
     for rank, one in seen.items():
         if codes[rank] < 0 and not one.error:
             return TrainingError(
-                f"rank {rank} was killed (signal {-codes[rank]}) during {one.doing}; all ranks were ended, the last "
-                "save point stands"
+                f"rank {rank} was killed (signal {-codes[rank]}) during {one.doing}; all ranks were ended"
             )
     own = [rank for rank, one in seen.items() if one.error and not _is_echo(one.error)]
     rank = min(own or seen, key=lambda rank: seen[rank].beat)
