@@ -69,7 +69,7 @@ PLAN: dict[str, dict[str, Any]] = {
         "arms": ("one bit", "two bits", "tile+block_gradients"),
     },
     "dense": {"preset": "nano", "seeds": 16, "steps": 60, "dense": True,
-              "arms": ("jitter", "tile", "two bits", "one bit")},
+              "arms": ("jitter", "tile", "two bits")},
     "tiny": {"preset": "tiny", "seeds": 3, "steps": 40, "arms": ("jitter", "tile")},
 }
 BATCH, SEQ_LEN = 4, 64

@@ -37,7 +37,7 @@ _ROWS = (
     ("02_decoupled_rope", "rope", 70, "attention rope", "the position travels beside the latent, not through it"),
     ("03_bias_based_routing", "routing", 75, "router experts", "a bias balances the experts, without a loss"),
     ("04_mtp_chain", "mtp", 60, "mtp head loss", "predicting further, one causal step at a time"),
-    ("05_fp8_tile_quantization", "fp8", 70, "precision", "eight bits, one scale for each tile"),
+    ("05_fp8_tile_quantization", "fp8", 75, "precision", "eight bits, one scale for each tile"),
     ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),
     ("07_speculative_decoding", "spec", 50, "mtp head", "draft, verify, and keep the distribution"),
     ("08_long_context", "long", 50, "rope cache", "a longer context without starting again"),

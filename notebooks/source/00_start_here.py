@@ -248,7 +248,8 @@ live(draw, context=contexts, start={"context": 4096}, labels={"context": "contex
 # ## Real text, from this machine
 #
 # Nothing is downloaded. The text is what your installation already holds: Python's own source code and manual, the
-# translations of JupyterLab into four languages, and arithmetic exercises that are made up as they are needed.
+# translations of JupyterLab into four languages, and arithmetic exercises that are made up as they are needed. It is read in
+# **tokens**: pieces of text, often a word or a part of one.
 
 # %%
 from dsv3lib.training.text.data import PackedStream
@@ -262,18 +263,12 @@ names = list(stream.domain_names)
 held_out = {name: stream.validation_batches(name, 1, 8)[0].input_ids for name in names}
 rows = [(n, tokenizer.decode(held_out[n][0, 1:24]).splitlines()[0][:70]) for n in names]
 table(["domain", "how a text of it begins"], rows, varies=True)
+ids = tokenizer.encode("The router sends each token to its experts.")
+print(f"{len(ids)} tokens:", "|".join(tokenizer.decode([i]) for i in ids))
 
 # %% [markdown]
-# A **token** is a piece of text, often a word or a part of one. The model sees token numbers, and its only task is to
-# say which token comes next. How good it is at that is the **cross-entropy**: minus the logarithm of the probability that
-# it gave to the token that came.
-
-# %%
-text = "The router sends each token to its experts."
-ids = tokenizer.encode(text)
-pieces = "|".join(tokenizer.decode([i]) for i in ids)
-print(f"{len(text)} characters, {len(ids)} tokens: {pieces}")
-assert tokenizer.decode(ids) == text
+# The model sees token numbers, and its only task is to say which token comes next. How good it is at that is the
+# **cross-entropy**: minus the logarithm of the probability that it gave to the token that came.
 
 # %%
 exercise("start.3")
