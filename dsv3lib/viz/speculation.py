@@ -41,11 +41,9 @@ def rounds_of_a_text(
         for column, token in enumerate(one.drafts[0]):
             _token(ax, column, row, decode(token), stood=column < one.accepted[0])
         _token(ax, columns - 1, row, decode(one.tokens[0][-1]), stood=None)
-    stood = sum(one.accepted[0] for one in shown)
-    fell = sum(len(one.drafts[0]) - one.accepted[0] for one in shown)
     alt = (
-        f"A table of {len(shown)} rounds. Each row: the drafts, filled where they stood ({stood}) and struck out where "
-        f"they fell ({fell}), then the model's own token in a frame."
+        "A table of rounds. Each row: the drafts, filled where they stood and struck out where they fell, then the "
+        "model's own token in a frame."
     )
     told = "Read along the rows, leaving out what is struck out: that is the text. Behind a draft that fell, all fall."
     return fig, alt, told
