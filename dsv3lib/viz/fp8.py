@@ -226,15 +226,15 @@ def along_the_run(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], claim:
     axes[0].annotate(f"{100 * claim:g} %, the paper's bound", (steps[0], 110 * claim), fontsize=9)
     axes[0].set(xlabel="training step", ylabel="|relative loss error| (%)", yscale="log")
     axes[1].set(xlabel="training step", ylabel="1 - cosine of the experts' gradient", yscale="log")
-    axes[1].legend(fontsize=9)
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms), fontsize=9)
     alt = (
-        "Two panels against the training step. Left, the loss errors of all recipes jump about under the paper's "
-        "bound. Right, the angle between gradients: fewer bits of mantissa lie clearly above the paper's recipe."
+        "Two panels against the training step. Left, the loss errors jump about; those of one and two bits pass the "
+        "paper's bound now and then. Right, the angle between gradients: fewer bits lie clearly above the paper's own."
     )
     return (
         fig,
         alt,
-        "The loss of one batch hardly notices two bits of mantissa; the gradient does at every step.",
+        "The loss of one batch notices two bits of mantissa now and then; the gradient does at every step.",
     )
 
 

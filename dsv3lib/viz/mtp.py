@@ -181,7 +181,7 @@ def paired(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str) -> Dr
             below = sum(v < 0 for v in values)
             told.append(f"{question}, {kind}: {below} of {len(values)} below zero")
         ax.set_title(question, fontsize=11)
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=3)
         ax.set_yticks(range(len(kinds)), kinds)
         ax.set_ylim(len(kinds) - 0.5, -0.5)
     return (

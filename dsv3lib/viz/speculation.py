@@ -6,6 +6,7 @@ Each function draws what it is given and returns the figure, its alt text and it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -83,18 +84,15 @@ def tokens_per_pass(
         look = style.line(meaning) | {"marker": "", "linewidth": 3 if m == of else 1.5}
         curve = [expected_tokens_per_pass(a, m) for a in share]
         ax.plot(share, curve, **look, label=f"{m} drafts" if m > 1 else "1 draft")
-    for i, (name, (acceptance, tokens)) in enumerate(measured.items()):
-        ax.plot([acceptance], [tokens], "o", color=style.INK, markersize=7)
-        ax.annotate(
-            name, (acceptance, tokens), xytext=(8, -12 if i % 2 else 8), textcoords="offset points", fontsize=9
-        )
+    for (name, (acceptance, tokens)), marker in zip(measured.items(), cycle("osD^vP*X")):
+        ax.plot([acceptance], [tokens], marker, color=style.INK, markersize=7, label=name)
     ax.set(xlim=(0, 1.02), ylim=(1, max(drafts) + 1.1))
     ax.legend(loc="upper left", frameon=False)
     return (
         fig,
-        f"Rising curves for {', '.join(map(str, drafts))} drafts from one token per pass up, and dots of "
+        f"Rising curves for {', '.join(map(str, drafts))} drafts from one token per pass up, and marks of "
         f"{len(measured)} texts beside the curve of {of}.",
-        "The dots were counted, the curves computed. They need not fall on the curve: it takes every draft as equally "
+        "The marks were counted, the curves computed. They need not fall on the curve: it takes every draft as equally "
         "likely to stand, and depth 2 is harder than depth 1.",
     )
 
