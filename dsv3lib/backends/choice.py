@@ -6,7 +6,7 @@ This file is the whole answer to "which code runs on my machine?"; ``explain`` p
 backend    where                                 its fast forms
 =========  ====================================  ===========================================================
 triton     a GPU with Triton; FP32, BF16, FP16   ``kernels/``
-cpu        a CPU                                 ``cpu_*.py``; one token of one row: ``one_token.py``
+cpu        a CPU                                 ``cpu_*.py``; few tokens of one row: ``few_tokens.py``
 plain      everywhere else, and under autocast   none: ``layers/`` as it is written
 =========  ====================================  ===========================================================
 """
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels.toolchain import targets
-from ..layers.attention import absorbed_is_cheaper
 from ..layers.operations import Operations
 from ..layers.step import Step
 from ..linear import autocast_on
 from .chosen import Chosen
 from .cpu import DTYPES as CPU_DTYPES
 from .cpu import Cpu
-from .one_token import OneToken
+from .few_tokens import FewTokens
 from .survey import Snapshot, Survey
 from .triton import Triton
+
+MOST_TOKENS = 128  # of one call, for the few-token engine; beyond, starting operations costs little
 
 
 class Plain(Chosen):
@@ -101,26 +102,26 @@ class Choice:
             self._backends[kind] = kind(survey.touched, survey.aside)
         return self._backends[kind]
 
-    def one_token(
+    def few_tokens(
         self, model: nn.Module, x: Float[Tensor, "B T D"], step: Step, config: ModelConfig
-    ) -> OneToken | None:
-        """The engine for a single token, where it can take this call.
+    ) -> FewTokens | None:
+        """The engine for few tokens of one row, where it can take this call.
 
         Args:
             model: as ``backend`` found it when the call began.
-            x: the token's embedding.
+            x: the tokens' embeddings.
             step: the facts of the call, its backend among them.
             config: sizes.
         """
-        if not is_one_token(x, step, config) or self._refusal(step.backend, x) is not None:
+        if not is_few_tokens(x, step) or self._refusal(step.backend, x) is not None:
             return None
         if self._engine is None or not self._main.unmoved():
-            self._engine = OneToken(config, model.model, model.lm_head)
+            self._engine = FewTokens(config, model.model, model.lm_head)
             self._main = Snapshot(self._main.modules, self._parents)
         return self._engine
 
-    def why_not_one_token(self, model: nn.Module, like: Tensor) -> str | None:
-        """Why no call of this model can go through the one-token engine; ``None`` if those can that fit."""
+    def why_not_few_tokens(self, model: nn.Module, like: Tensor) -> str | None:
+        """Why no call of this model can go through the few-token engine; ``None`` if those can that fit."""
         return self._refusal(self.backend(model, like), like)
 
     def _refusal(self, backend: Operations, like: Tensor) -> str | None:
@@ -144,7 +145,7 @@ class Choice:
 
 
 def _other_setting(module: nn.Module, config: ModelConfig) -> str | None:
-    """What a module has that differs from the model's configuration, which the one-token engine reads."""
+    """What a module has that differs from the model's configuration, which the few-token engine reads."""
     own = vars(module)
     if own.get("config", config) is not config:
         return "has another configuration than the model"
@@ -153,15 +154,15 @@ def _other_setting(module: nn.Module, config: ModelConfig) -> str | None:
     return None
 
 
-def is_one_token(x: Float[Tensor, "B T D"], step: Step, config: ModelConfig) -> bool:
-    """Whether a call is what the one-token engine takes: inference, one row, one token, with a cache."""
+def is_few_tokens(x: Float[Tensor, "B T D"], step: Step) -> bool:
+    """Whether a call is what the few-token engine takes: inference, one row, few tokens, with a cache."""
     return (
-        x.shape[0] == x.shape[1] == 1
+        x.shape[0] == 1
+        and x.shape[1] <= MOST_TOKENS
         and step.cache is not None
         and step.cache.format == "model"
         and step.lengths is None
         and not torch.is_grad_enabled()
-        and absorbed_is_cheaper(config, 1, len(step.cache) + 1)
     )
 
 

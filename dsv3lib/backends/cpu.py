@@ -1,7 +1,7 @@
 """The CPU's fast forms, put where the layers ask: fewer passes over memory, less started work, the same numbers.
 
-They are PyTorch too. What a single token of a single row takes goes further and passes the layers by altogether, see
-``one_token``.
+They are PyTorch too. What few tokens of a single row take goes further and passes the layers by altogether, see
+``few_tokens``.
 """
 
 from __future__ import annotations

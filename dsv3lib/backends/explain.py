@@ -100,9 +100,9 @@ def _lines(
 ) -> Iterator[tuple[str, str, str, nn.Module]]:
     """(operation, backend, why, module) one by one."""
     survey = choice.survey(model)
-    why_not = choice.why_not_one_token(model, like)
+    why_not = choice.why_not_few_tokens(model, like)
     yield (
-        "one token of one row", "plain" if why_not else backend.name, why_not or "all layers at once, in NumPy", model
+        "few tokens of one row", "plain" if why_not else backend.name, why_not or "all layers at once, in NumPy", model
     )  # fmt: skip
     for module, name in survey.names.items():
         role = name.rpartition(".")[2]

@@ -187,16 +187,19 @@ class LatentCache:
         buffer[:, first:end].masked_fill_(stale[..., None], 0)
         return buffer[:, :end]
 
-    def append_one(self, layer: int, like: Float[Tensor, "1 1 latent"]) -> Float[np.ndarray, "S latent"]:
-        """A single sequence's tokens in this layer as an array, with room for one more in the last row.
+    def append_rows(
+        self, layer: int, new: int, like: Float[Tensor, "1 1 latent"]
+    ) -> Float[np.ndarray, "S latent"]:
+        """A single sequence's tokens in this layer as an array, with room for ``new`` more in the last rows.
 
-        The caller writes that row; ``advance`` ends the step.
+        The caller writes those rows; ``advance`` ends the step.
 
         Args:
             layer: index of the block.
+            new: tokens of this call.
             like: a tensor of the dtype to keep.
         """
-        end = self._length + 1
+        end = self._length + new
         buffer = self._buffers[layer]
         if buffer is None or buffer.shape[1] < end or buffer.dtype != like.dtype:
             buffer = self._grow(layer, like, end)

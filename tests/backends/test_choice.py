@@ -12,7 +12,7 @@ from torch import nn
 
 import dsv3lib
 from dsv3lib import DeepSeekV3
-from dsv3lib.backends import cpu, one_token
+from dsv3lib.backends import cpu, few_tokens
 from dsv3lib.layers.norm import RMSNorm
 from dsv3lib.linear import PlainRecipe
 
@@ -39,7 +39,7 @@ def calls(monkeypatch) -> Counter:
 
     monkeypatch.setattr(cpu, "rms_norm", counted("fast norm", cpu.rms_norm))
     monkeypatch.setattr(cpu, "experts_one_by_one", counted("fast experts", cpu.experts_one_by_one))
-    monkeypatch.setattr(one_token.OneToken, "forward", counted("one token", one_token.OneToken.forward))
+    monkeypatch.setattr(few_tokens.FewTokens, "forward", counted("few tokens", few_tokens.FewTokens.forward))
     monkeypatch.setattr(F, "rms_norm", counted("plain norm", F.rms_norm))
     return counts
 
@@ -68,20 +68,20 @@ def test_a_hook_changes_the_table_and_the_calls(calls) -> None:
     assert backends_of(model, "RMSNorm") == {"cpu": before} == {"cpu": calls["fast norm"]}
 
 
-def test_the_one_token_engine_steps_aside_and_comes_back(calls) -> None:
+def test_the_few_token_engine_steps_aside_and_comes_back(calls) -> None:
     model = model_of()
     ids = tokens(model.config, 1, 6)
     model.generate(ids, 4, stop_tokens=())
-    assert calls["one token"] == 3 and model.explain().lines[0].backend == "cpu"
+    assert calls["few tokens"] == 4 and model.explain().lines[0].backend == "cpu"
     hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
     calls.clear()
     model.generate(ids, 4, stop_tokens=())
-    assert not calls["one token"]
+    assert not calls["few tokens"]
     line = model.explain().lines[0]
     assert line.backend == "plain" and "layers.0.mlp: its down_proj has a forward hook" in line.why
     hook.remove()
     model.generate(ids, 4, stop_tokens=())
-    assert calls["one token"] == 3
+    assert calls["few tokens"] == 4
 
 
 CHANGES = {
@@ -131,7 +131,7 @@ def test_a_replaced_module_runs_as_it_is(name: str) -> None:
 
 
 def test_a_setting_changed_at_one_module_is_seen() -> None:
-    """The one-token engine reads the model's configuration; a norm with another ε is no longer what that says."""
+    """The few-token engine reads the model's configuration; a norm with another ε is no longer what that says."""
     model = build(small(num_nextn_predict_layers=0), dtype=torch.float64)
     ids = tokens(model.config, 1, 8)
     model.generate(ids, 2, stop_tokens=())
@@ -149,7 +149,7 @@ def test_a_recipe_that_is_not_plain_sends_fast_forms_aside(calls) -> None:
 
     model = DeepSeekV3(small(), recipe=Other()).eval()
     model.generate(tokens(model.config, 1, 4), 3, stop_tokens=())
-    assert not calls["one token"] and not calls["fast experts"] and calls["fast norm"]
+    assert not calls["few tokens"] and not calls["fast experts"] and calls["fast norm"]
     text = str(model.explain())
     assert "recipe other" in text and "made by the recipe 'other'" in text
     assert model.explain().short().startswith("cpu (a CPU, float32): RMSNorm")

@@ -1,0 +1,92 @@
+"""Absorbed attention of few tokens over the cached latents, in NumPy (paper §2.1.1; ``layers.attention`` defines it).
+
+Tokens times heads are the rows of two matrix products with the latents. The context is cut into pieces, whose products
+NumPy does one after the other at one call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .token_weights import Array
+
+# Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
+# them into another order first, which for a few heads takes longer than the product.
+PIECE_VALUES, PIECE_LEAST = 10_240, 64
+TOGETHER = 32  # queries at a time: those before them need not meet what comes after
+
+
+def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
+    """softmax(q · latents) c_kv, causal: the last T of S positions look at themselves and before.
+
+    Args:
+        q: queries in the latent space that bear the softmax scale, [T, H, C + R].
+        past: latents of all positions, [S, C + R].
+        rank: C.
+
+    Returns:
+        What every head saw of the latents, [T, H, C].
+    """
+    n_new = len(q)
+    if n_new <= TOGETHER:
+        return _attend(q, past, rank)
+    u = np.empty((*q.shape[:2], rank), q.dtype)
+    for start in range(0, n_new, TOGETHER):
+        end = min(start + TOGETHER, n_new)
+        u[start:end] = _attend(q[start:end], past[: len(past) - n_new + end], rank)
+    return u
+
+
+def _attend(q: Array, past: Array, rank: int) -> Array:
+    n_new, heads, latent_dim = q.shape
+    n_total, rows = len(past), n_new * heads
+    piece = max(PIECE_LEAST, PIECE_VALUES // latent_dim)
+    whole = (n_total - 1) // piece  # of these many pieces all positions exist; the last one holds what is left
+    left = n_total - whole * piece
+    pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
+    q = q.reshape(rows, latent_dim)
+    p = np.empty((whole + 1, rows, piece), q.dtype)
+    np.matmul(q, pieces.transpose(0, 2, 1), out=p[:whole])
+    np.matmul(q, rest.T, out=p[whole, :, :left])
+    p[whole, :, left:] = -np.inf
+    if n_new > 1:
+        hide_what_comes_later(p.reshape(whole + 1, n_new, heads, piece), n_total)
+    p -= p.max(0).max(1, keepdims=True)
+    np.exp(p, p)
+    u = np.matmul(p[:whole], pieces[..., :rank]).sum(0)
+    u += p[whole, :, :left] @ rest[:, :rank]
+    u /= p.sum(0).sum(1, keepdims=True)
+    return u.reshape(n_new, heads, rank)
+
+
+def hide_what_comes_later(scores: Array, n_total: int) -> None:
+    """Put −inf where a query would see a token after its own.
+
+    Args:
+        scores: [pieces, T, H, piece], of the last T of ``n_total`` positions; changed in place.
+        n_total: S.
+    """
+    n_pieces, n_new, _, piece = scores.shape
+    first = (n_total - n_new + 1) // piece  # the piece of the first position that some query must not see
+    positions = np.arange(first * piece, n_pieces * piece).reshape(-1, 1, 1, piece)
+    last_seen = np.arange(n_total - n_new, n_total)[:, None, None]
+    scores[first:] += np.where(positions > last_seen, scores.dtype.type(-np.inf), scores.dtype.type(0))
+
+
+def by_head(x: Array, weight: Array, out: Array) -> None:
+    """One product a head, x_h W_h.
+
+    Args:
+        x: [T, H, I].
+        weight: [H, I, O].
+        out: [T, H, O], filled.
+    """
+    if len(x) == 1:
+        np.vecmat(x[0], weight, out=out[0])
+    else:
+        np.matmul(x.transpose(1, 0, 2), weight, out=out.transpose(1, 0, 2))
+
+
+def rotated(x: Array, rotations: Array) -> Array:
+    """RoPE: neighbours in the last dimension are pairs, one complex product each."""
+    return (x.view(rotations.dtype) * rotations).view(x.dtype)

@@ -1,0 +1,40 @@
+"""Absorbed attention in pieces, in NumPy, against one softmax."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3lib.backends import few_attention
+from dsv3lib.layers.scaled_attention import causal_mask
+
+
+@given(
+    n_new=st.integers(1, 40), heads=st.integers(1, 5), width=st.integers(2, 40), pieces=st.integers(0, 3),
+    left=st.integers(-2, 2), loud=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attends_in_pieces_as_in_one(n_new, heads, width, pieces, left, loud, seed) -> None:
+    piece = max(few_attention.PIECE_LEAST, few_attention.PIECE_VALUES // width)
+    length = max(n_new, pieces * piece + left)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(n_new, heads, width, dtype=torch.float64, generator=generator)
+    past = torch.randn(length, width, dtype=torch.float64, generator=generator)
+    if loud:
+        q *= 1e3  # exp would overflow without the maximum
+    rank = max(1, width - 4)
+    scores = (q.transpose(0, 1) @ past.T).masked_fill(~causal_mask(n_new, length, q.device), -torch.inf)
+    expected = (torch.softmax(scores, -1) @ past[:, :rank]).transpose(0, 1)
+    found = few_attention.attend_to_latents(q.numpy(), past.numpy(), rank)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-9 if loud else 1e-12)
+
+
+@given(pieces=st.integers(1, 4), piece=st.integers(1, 6), missing=st.integers(0, 5), data=st.data())
+def test_the_mask_is_the_causal_one(pieces, piece, missing, data) -> None:
+    total = max(1, pieces * piece - min(missing, piece - 1))
+    n_new = data.draw(st.integers(1, total))
+    scores = np.zeros((pieces, n_new, 2, piece))
+    few_attention.hide_what_comes_later(scores, total)
+    flat = torch.from_numpy(scores).permute(1, 2, 0, 3).flatten(2)
+    seen = causal_mask(n_new, total, torch.device("cpu"))
+    assert torch.equal(flat[:, 0, :total] == 0, seen) and torch.equal(flat[:, 1, :total] == 0, seen)
+    assert bool((flat[..., total:] == -torch.inf).all())
