@@ -1,4 +1,4 @@
-"""``dsv3 pipeline``: plan a training cluster, or show one schedule in time."""
+"""``dsv3 pipeline``: plan a training cluster, show one schedule in time, or run it by processes of this machine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..files import write_whole
 from ..terminal import plain_console
 from . import planner
 from .closed_form import closed_form
+from .runtime import command as processes
 from .schedules import SCHEDULES, schedule
 from .simulation import Simulation, simulate
 from .validation import validate
@@ -34,7 +35,7 @@ LETTERS = {"F": "F", "B": "B", "I": "I", "W": "W", "FB": "X"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``dsv3 pipeline``."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="plan | show")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="plan | show | run")
     plan = actions.add_parser("plan", help="compare schedules, PP, EP and DP for a model on a cluster")
     plan.add_argument("--model", default="v3-671b", help="a preset or the path of a config.json (default v3-671b)")
     plan.add_argument("--gpus", type=int, default=2048, help="GPUs in all (default 2048)")
@@ -58,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--communication", type=float, default=0, help="from one rank to the next (default 0)")
     show.add_argument("--actions", action="store_true", help="print each rank's list of actions")
     show.add_argument("--save", type=Path, metavar="FILE.svg", help="draw the picture into a file")
+    processes.add_arguments(actions.add_parser("run", help="a schedule by real processes, beside its simulation"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plans or shows, and returns 0."""
-    return _plan(arguments) if arguments.action == "plan" else _show(arguments)
+    """Plans, shows or runs, and returns 0."""
+    return {"plan": _plan, "show": _show, "run": processes.run}[arguments.action](arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -72,7 +72,7 @@ def gantt(simulated: Simulation, title: str | None = None) -> tuple[Figure, str,
         if made.stages <= 16:
             for rank, value in enumerate(values):
                 ax.text(float(value), rank, f" {float(value):g}", va="center", fontsize=9)
-    fig.legend(handles=_legend(simulated), loc="outside lower center", ncols=4)
+    fig.legend(handles=legend(simulated), loc="outside lower center", ncols=4)
     return fig, _alt(simulated), _caption(simulated)
 
 
@@ -97,7 +97,7 @@ def gantt_stack(runs: Mapping[str, Simulation], title: str) -> tuple[Figure, str
         ax.set_title(words, fontsize=10.5, fontweight="normal", pad=3)
         ax.set(ylabel="rank", xlim=(0, longest))
     axes[-1, 0].set_xlabel("time (in units of the costs)")
-    fig.legend(handles=_legend(*runs.values()), loc="outside lower center", ncols=4)
+    fig.legend(handles=legend(*runs.values()), loc="outside lower center", ncols=4)
     alt = "Charts of time, one above the other, a row for each rank: " + "; ".join(
         f"{heading} ends at {float(one.makespan):g} and leaves {float(max(one.bubble)):g} idle"
         for heading, one in runs.items()
@@ -129,7 +129,7 @@ def live_curve(simulated: Simulation, ranks: tuple[int, ...] = (0,)) -> tuple[Fi
         ax.text(0.3, simulated.schedule.stages, "PP ", va="bottom", fontsize=9)
         draw_gantt(below, simulated, only=rank, labels=False)
     axes[-1].set_xlabel("time (in units of the costs)")
-    fig.legend(handles=_legend(simulated), loc="outside lower center", ncols=4)
+    fig.legend(handles=legend(simulated), loc="outside lower center", ncols=4)
     alt = (
         f"A step curve for each of rank {', '.join(map(str, ranks))}: it climbs while the pipeline fills, touches "
         f"its highest value {peak:g} during overlapped pairs and falls to zero; the actions run below it."
@@ -213,7 +213,7 @@ def _bands(action: Action) -> Iterator[tuple[str, bool, float, float]]:
         yield meaning, single.direction % 2 == 1, top, bottom
 
 
-def _legend(*runs: Simulation) -> list[Any]:
+def legend(*runs: Simulation) -> list[Any]:
     """The meanings that there are."""
     actions = {(a.kind, a.direction) for one in runs for row in one.schedule.actions for a in row}
     found = {meaning for kind, _ in actions for meaning, _, _ in BANDS[kind]}

@@ -21,10 +21,10 @@
 # 3. **that DualPipe buys hidden communication, and not the smallest bubble there is**<!-- claim: hidden -->.
 #
 # About 70 minutes. Paper: *DeepSeek-V3 Technical Report* (2024), §3.2.1 (Figures 4 and 5, Table 2) and §3.2.2. You should know
-# what a layer with experts does (notebook 00); no GPU is needed, and nothing is trained.
+# what a layer with experts does (notebook 00); no GPU is needed.
 
 # %% tags=["parameters"]
-STEPS = 1  # nothing is trained here: a schedule is one step of the optimiser
+STEPS = 2  # of the optimiser, where real processes train
 SEED = 1234
 DEVICE = "cpu"
 FAST = False
@@ -328,6 +328,42 @@ live(inside, ratio=[0.25, 0.5, 0.7, 1.0, 1.5], sms=[4, 8, 12, 16, 20, 24, 32, 48
 style.show(*share_of_sms(LayerTimes.of_model(v3, 0.7)))
 
 # %% [markdown]
+# ## For real: four processes
+#
+# So far nothing was computed. Now a small model is cut into a stage for each rank, and four processes on this machine train two
+# copies of it, each by its own row of the schedule. They send each other activations and gradients (`torch.distributed`), and
+# add up what both copies of a weight have learnt. A process takes some hundred megabytes; where there is little memory, two do it.
+
+# %%
+from dsv3lib.course import bar
+from dsv3lib.pipeline.runtime.room import processes_here
+from dsv3lib.pipeline.runtime.trial import trial
+
+ranks = processes_here(2 if FAST else 4)
+small = schedule("dualpipe", stages=ranks, microbatches=2 * ranks)
+with bar(f"{ranks} processes", total=STEPS * sum(map(len, small.actions))) as step:
+    run = trial("dualpipe", ranks, 2 * ranks, STEPS, on_action=step)
+
+# %% tags=["claim:processes"]
+import os
+
+from dsv3lib.pipeline.runtime.trial import whole
+from dsv3lib.viz.pipeline_trace import traces
+
+did = [" ".join(name for name, _, _ in spans) for spans in run.spans]
+assert did == small.rows()
+assert len({os.getpid(), *run.pids}) == ranks + 1 and run.peaks == [ranks + 1] * ranks
+one_piece = whole(ranks, 2 * ranks)
+print(f"loss, {ranks} processes: {run.losses[0]:.10f}, in one piece: {one_piece:.10f}")
+assert abs(run.losses[0] - one_piece) < 1e-12 and run.drift == 0
+style.show(*traces(run.timeline, run.simulated))
+
+# %% [markdown]
+# **The processes did, action by action, what the schedule says**<!-- claim: processes -->. As many micro-batches were alive as you
+# have counted, and the loss is that of the model in one piece. Above is the wall clock: where processes share cores, it shows
+# mostly how they wait for one another's computing. Below is the same schedule, simulated at the processor time that each
+# action took. Its F, I and W are not of one length: in a model as small as this one, other things than products take the time.
+#
 # ## Break it
 #
 # **Two actions swapped.** A middle rank does its first backward pass before a forward pass that it depends on. It is the kind of mistake
@@ -363,6 +399,28 @@ except ConfigError as error:
     refusal = str(error)
 print(refusal)
 assert "even" in refusal
+
+# %% [markdown]
+# **One direction forgotten.** Each copy of a weight sees half of the micro-batches; their gradients must be added before the
+# optimiser takes its step (an all-reduce). Without it nothing crashes, and the first loss is right. But **the two copies drift
+# apart, and the next loss is another**<!-- claim: forgotten -->. Threads stand in for the processes here; they give the same numbers.
+
+# %% tags=["claim:forgotten"]
+from dsv3lib.pipeline.runtime.trial import rehearse
+
+
+def forgetful(links):
+    links.gather = lambda tensor, ranks: [tensor]  # every copy keeps its own gradients
+    return links
+
+
+added, forgotten = rehearse("dualpipe", 2, 4), rehearse("dualpipe", 2, 4, links=forgetful)
+table(["the other direction", "first loss", "next loss", "copies differ by at most"],
+      [[name, *(f"{loss:.4f}" for loss in one.losses), f"{one.drift:.3f}"]
+       for name, one in (("added", added), ("forgotten", forgotten))],
+      caption="A mistake that only a comparison with one process shows.")
+assert added.drift == 0 and forgotten.drift > 1e-3
+assert abs(added.losses[1] - forgotten.losses[1]) > 1e-3
 
 # %% [markdown]
 # ## On trial
@@ -500,6 +558,7 @@ PipelineGame(stages=3, microbatches=4)
 #
 # ## Where to go next
 #
+# - `dsv3 pipeline run zbv --stages 4 --save run.svg` draws any schedule's real run on your machine.
 # - Run `dsv3 pipeline show dualpipe --actions`, and read
 #   [dsv3lib/pipeline/schedules/zbv.py](../dsv3lib/pipeline/schedules/zbv.py) beside it.
 # - [Notebook 03](03_bias_based_routing.ipynb) shows where the all-to-all comes from, and why a token visits few nodes.

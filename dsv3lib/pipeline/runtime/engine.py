@@ -43,7 +43,8 @@ class StepResult:
         loads: visits of each expert over the whole step, by layer. load_of_rank: the same of this replica's tokens
             in this rank's own layers.
         peak_passes: most micro-batches whose saved tensors this rank held at once.
-        spans: when this rank did what.
+        spans: when this rank did what; an action begins when what it needs has arrived.
+        cpu: seconds of this rank's processor that each of them took, which other processes do not lengthen.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class StepResult:
     load_of_rank: dict[int, Tensor]
     peak_passes: int
     spans: list[Span] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
 def groups_of(model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int) -> list[tuple[int, ...]]:
@@ -168,18 +170,19 @@ class Engine:
         self._share = 1.0 / (sum(counts) * self.layout.dp)
         for parameter in self.parameters.values():
             parameter.grad = None
-        peak, spans = 0, []
+        peak, spans, cpu = 0, [], []
         for action in self.schedule.actions[self.stage]:
             self.tell(str(action))
-            started = time.time()
+            self._began, worked = time.time(), time.thread_time()
             self._carry_out(action)
-            spans.append((str(action), started, time.time()))
+            spans.append((str(action), self._began, time.time()))
+            cpu.append(time.thread_time() - worked)
             peak = max(peak, self._most)
         self.tell("waiting for sends")
         self.links.flush()
         self.tell("adding gradients")
         self._combine_gradients()
-        return self._result(peak, spans)
+        return self._result(peak, spans, cpu)
 
     def _carry_out(self, action: Action) -> None:
         self._most = len(self._passes)
@@ -234,7 +237,9 @@ class Engine:
             return self._local.pop((forward, route, source, action.microbatch))
         ids = self._batches[route][action.microbatch].input_ids
         like = torch.empty(*ids.shape, self.model.config.hidden_size, dtype=self._dtype(), device=ids.device)
-        return self.links.receive(like, self._rank(ranks[source]), self._tag(forward, route, source))
+        value = self.links.receive(like, self._rank(ranks[source]), self._tag(forward, route, source))
+        self._began = time.time()
+        return value
 
     def _give(self, action: Action, value: Tensor | None) -> None:
         route, depth = self.graph.places[self.stage, action.direction]
@@ -302,7 +307,7 @@ class Engine:
             parameter.grad.mul_(scale)
         return norm.item()
 
-    def _result(self, peak: int, spans: list[Span]) -> StepResult:
+    def _result(self, peak: int, spans: list[Span], cpu: list[float]) -> StepResult:
         mine = {key: (one.losses, one.balances, one.loads) for key, one in self._done.items()}
         self._done = {}
         every = self.links.gather_objects(mine)
@@ -327,7 +332,7 @@ class Engine:
         for _, _, counted in mine.values():
             for layer, load in counted.items():
                 own[layer] = own.get(layer, 0) + load
-        return StepResult(total, parts, dict(sorted(loads.items())), own, peak, spans)
+        return StepResult(total, parts, dict(sorted(loads.items())), own, peak, spans, cpu)
 
     def _assemble(self, losses: dict[str, Tensor], balances: dict[int, Tensor]) -> Tensor:
         """One micro-batch's loss from its parts, in the order in which ``add_losses`` adds them."""

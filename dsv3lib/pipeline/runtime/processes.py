@@ -41,6 +41,7 @@ def launch(
     timeout: float | int = 600,
     most: int = MOST,
     on_start: Callable[[list[int]], None] = lambda pids: None,
+    on_poll: Callable[[list[str]], None] = lambda doing: None,
 ) -> list[Any]:
     """Run a function in each of ``world`` processes.
 
@@ -51,6 +52,7 @@ def launch(
         timeout: seconds after which the run is ended.
         most: refuse more processes than this.
         on_start: called with the process ids, rank by rank.
+        on_poll: called again and again with what each rank is doing, for a progress bar.
 
     Returns:
         What each rank's function returned.
@@ -72,7 +74,7 @@ def launch(
             for rank in range(world):
                 started.append(_start(folder, rank, world, store.port))
             on_start([process.pid for process in started])
-            _watch(started, folder, timeout)
+            _watch(started, folder, timeout, on_poll)
             return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
         finally:
             _end(started)
@@ -94,7 +96,12 @@ def _loopback() -> str:
     return "lo" if sys.platform.startswith("linux") else "lo0"
 
 
-def _watch(started: list[subprocess.Popen], folder: Path, timeout: float | int) -> None:
+def _watch(
+    started: list[subprocess.Popen],
+    folder: Path,
+    timeout: float | int,
+    on_poll: Callable[[list[str]], None] = lambda doing: None,
+) -> None:
     """Return when all have ended well; raise when one has not."""
     begun = time.time()
     while True:
@@ -107,8 +114,9 @@ def _watch(started: list[subprocess.Popen], folder: Path, timeout: float | int) 
             if not killed:
                 time.sleep(GRACE if len(started) > 1 else 0.0)
             raise _failure([process.poll() for process in started], folder)
-        for rank, code in enumerate(codes):
-            seen = status.read(folder, rank)
+        every = [status.read(folder, rank) for rank in range(len(started))]
+        on_poll([seen.doing for seen in every])
+        for rank, (code, seen) in enumerate(zip(codes, every, strict=True)):
             silent = now - seen.beat if seen.beat else now - begun - STARTING
             if code is None and silent > SILENCE:
                 raise TrainingError(

@@ -16,6 +16,10 @@ CLAIMS = {
     "plus_one": Off("with 1F1B", "made = schedule('1f1b', 8, 20)"),
     "derived": Off("with whole backward passes", UNSPLIT + "made = dualpipe(8, 20, False)"),
     "limits": Off("with W as long as F", "Real = Costs; Costs = lambda *a, **k: Real()"),
+    "processes": Off("with the rows of two ranks exchanged", "from dataclasses import replace; "
+                     "run = replace(run, spans=run.spans[::-1])"),
+    "forgotten": Off("with nothing forgotten", "import dsv3lib.pipeline.runtime.trial as t; one = t.rehearse; "
+                     "patch(t, 'rehearse', lambda *a, links=None: one(*a))"),
     "deadlock": Off("with nothing swapped", "patch(type(made), 'swapped', lambda self, **k: self)"),
     "whole": Off("with the split kept", "runs = {**runs, 'DualPipe': simulate(schedule('gpipe', 8, 20))}"),
     "t_bubbles": Off("with costs of nothing", "one = simulate; simulate = lambda s: one(s, F=0, B=0, W=0, FB=0)"),
