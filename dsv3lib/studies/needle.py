@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
@@ -29,8 +30,8 @@ UNSEEN_BANDS = ((0.2, 0.3), (0.5, 0.6), (0.8, 0.9))
 _NEEDLE = BYTES  # + key · VALUES + value
 _LINK = _NEEDLE + KEYS * VALUES  # + key · KEYS + other key: «this key is as that one»
 _ASK = _LINK + KEYS * KEYS  # + key
-_ASK_LINKED = _ASK + KEYS  # + key
-_ANSWER = _ASK_LINKED + KEYS  # + value
+ASK_LINKED = _ASK + KEYS  # + key
+_ANSWER = ASK_LINKED + KEYS  # + value
 VOCABULARY = _ANSWER + VALUES
 
 
@@ -46,6 +47,14 @@ class Prompts:
     ids: Int64[Tensor, "B T"]
     answers: Int64[Tensor, " B"]
     last: Int64[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came of questions: the share of right answers, and the right answers' mean loss in nats."""
+
+    right: float
+    loss: float
 
 
 def unseen(depth: float) -> bool:
@@ -88,7 +97,7 @@ def prompts(
     if linked:  # a key that has no needle of its own is as the asked one
         other = _other_key(keys, generator)
         ids.scatter_(1, places[:, NEEDLES:], (_LINK + other * KEYS + asked)[:, None])
-        ids[:, -1] = _ASK_LINKED + other
+        ids[:, -1] = ASK_LINKED + other
     else:
         ids[:, -1] = _ASK + asked
     latest = places[:, :NEEDLES].argmax(1, keepdim=True)
@@ -114,7 +123,8 @@ def training_rows(
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """Rows of text with needles outside the unseen bands, and questions for all of them at the end.
 
-    A third of the rows asks for linked keys instead: one link for each question.
+    Each row is by chance one of four: plain text to its end, so that an end does not mean questions; or one whose first
+    question is for a linked key, with a link for it; or, twice as likely, one whose questions need one needle each.
 
     Args:
         text: what is trained on. rows: B. length: T. generator: of everything.
@@ -123,6 +133,7 @@ def training_rows(
         The rows, and where the answers stand.
     """
     ids = rows_of(text, rows, length, generator)
+    plain = ids.clone()
     keys, values = _facts(rows, generator)
     body = length - 2 * NEEDLES
     allowed = torch.tensor([not unseen(place / body) for place in range(body)])
@@ -131,23 +142,37 @@ def training_rows(
     ids.scatter_(1, places[:, :NEEDLES], _NEEDLE + keys * VALUES + values)
     order = torch.rand(rows, NEEDLES, generator=generator).argsort(1)
     questions, answers = _ASK + keys.gather(1, order), _ANSWER + values.gather(1, order)
-    linked = torch.arange(rows) % 3 == 2
+    kind = torch.randint(4, (rows,), generator=generator)
+    linked, without = kind == 2, kind == 3
     other, asked = _other_key(keys, generator), keys[:, 0]
     ids[linked, places[linked, NEEDLES]] = (_LINK + other * KEYS + asked)[linked]
-    questions[linked, 0], answers[linked, 0] = (_ASK_LINKED + other)[linked], (_ANSWER + values[:, 0])[linked]
+    questions[linked, 0], answers[linked, 0] = (ASK_LINKED + other)[linked], (_ANSWER + values[:, 0])[linked]
     ids[:, body::2], ids[:, body + 1 :: 2] = questions, answers
+    ids[without] = plain[without]
     is_answer = torch.zeros(ids.shape, dtype=torch.bool)
-    is_answer[:, body + 1 :: 2] = True
+    is_answer[:, body + 1 :: 2] = ~without[:, None]
     return ids, is_answer
 
 
+def needs_two(ids: Int64[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Where an answer stands that needs two needles: behind a question for a linked key."""
+    asks = (ids >= ASK_LINKED) & (ids < _ANSWER)
+    return F.pad(asks[:, :-1], (1, 0))
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, asked: Prompts, batch: int = 8) -> float:
-    """Share of the prompts whose likeliest next token is the answer."""
-    right = 0
+def score(model: nn.Module, asked: Prompts, batch: int = 8) -> Score:
+    """How often the likeliest next token is the answer, and how little the answer surprises.
+
+    Args:
+        model: gives logits. asked: the questions and their answers. batch: rows at a time.
+    """
+    right, loss = 0, 0.0
     for ids, answers in zip(asked.ids.split(batch), asked.answers.split(batch), strict=True):
-        right += int((model(ids).logits[:, -1].argmax(-1) == answers).sum())
-    return right / len(asked.ids)
+        logits = model(ids).logits[:, -1]
+        right += int((logits.argmax(-1) == answers).sum())
+        loss += F.cross_entropy(logits, answers, reduction="sum").item()
+    return Score(right / len(asked.ids), loss / len(asked.ids))
 
 
 @torch.no_grad()
@@ -158,7 +183,7 @@ def loss_by_position(
     total: Float[Tensor, " S"] = torch.zeros(rows.shape[1] - 1)
     for part in rows.split(batch):
         logits = model(part).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         total += losses.view(len(part), -1).sum(0)
     return [piece.mean().item() for piece in (total / len(rows)).tensor_split(bins)]
 
