@@ -61,13 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_TOP_P,
         help="share of probability that is sampled from (%(default)s)",
     )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among so many likeliest tokens (all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     parser.add_argument(
-        "--speculative", action="store_true", help="the MTP modules draft, the model verifies"
+        "--speculative", action="store_true", help="a drafter guesses, the model verifies: the same text"
     )
     parser.add_argument(
-        "--draft-tokens", type=int, metavar="N", help="drafts a pass, with --speculative (one per MTP module)"
-    )
+        "--draft-tokens", type=_number_or_auto, metavar="N",
+        help='drafts a pass, with --speculative (one per MTP module); "auto" takes as many as pay',
+    )  # fmt: skip
+    parser.add_argument(
+        "--drafter", default="mtp", metavar="NAME",
+        help='who guesses, with --speculative: "mtp", the model\'s own modules (default), "lookup", n-grams of the '
+        "text, or the folder of a smaller model with the same tokenizer",
+    )  # fmt: skip
     parser.add_argument("--device", help=HELP)
 
 
@@ -77,9 +84,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError: the folder holds no whole model, or no tokenizer. InputError: a setting is out of range.
     """
-    Sampler(args.temperature, args.top_p)  # refuses before a large model is read
+    Sampler(args.temperature, args.top_p, top_k=args.top_k)  # refuses before a large model is read
     if args.draft_tokens is not None and not args.speculative:
         raise InputError(f"--draft-tokens: {args.draft_tokens} given without --speculative; pass both")
+    if args.drafter != "mtp" and not args.speculative:
+        raise InputError(f"--drafter: {args.drafter} given without --speculative; pass both")
     generator = _generator(args.device, args.seed)
     folder = find_checkpoint(args.checkpoint)
     tokenizer = read_tokenizer(folder)
@@ -91,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
     statistics = SpeculationStatistics() if args.speculative else None
     settings = {
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-        "generator": generator,
+        "generator": generator, "top_k": args.top_k,
     }  # fmt: skip
     pieces = (
         _stream(model, ids, settings)
         if statistics is None
-        else _rounds(model, ids, settings, args.draft_tokens, statistics)
+        else _rounds(model, ids, settings, args.draft_tokens, statistics, _drafter(args.drafter, folder, generator))
     )
     count, seconds = _write(args.prompt, pieces, TextStream(tokenizer))
     _conclude(count, seconds, statistics)
@@ -114,11 +123,30 @@ def _stream(model: DeepSeekV3, ids: torch.Tensor, settings: dict) -> Iterator[li
 
 
 def _rounds(
-    model: DeepSeekV3, ids: torch.Tensor, settings: dict, draft_tokens: int | None,
-    statistics: SpeculationStatistics,
+    model: DeepSeekV3, ids: torch.Tensor, settings: dict, draft_tokens: int | str | None,
+    statistics: SpeculationStatistics, drafter: DeepSeekV3 | str,
 ) -> Iterator[list[int]]:  # fmt: skip
     request = Request.of(model, ids, **settings)
-    return (round_.tokens[0] for round_ in speculate(model, request, draft_tokens, statistics))
+    rounds = speculate(model, request, draft_tokens, statistics, drafter=drafter)
+    return (round_.tokens[0] for round_ in rounds)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _drafter(name: str, folder: Path, generator: torch.Generator) -> DeepSeekV3 | str:
+    """"mtp", "lookup", or the model in a folder.
+
+    Raises:
+        CheckpointError: the folder holds no whole model. InputError: its tokenizer is not the larger model's.
+    """
+    if name in ("mtp", "lookup"):
+        return name
+    small = find_checkpoint(name)
+    if read_tokenizer(small).to_str() != read_tokenizer(folder).to_str():
+        raise InputError(f"--drafter: the tokenizer of {small} is not that of {folder}; a draft model must share it")
+    return DeepSeekV3.from_pretrained(small, device=str(generator.device), dtype=_dtype(generator, small))
 
 
 # ---- what is read ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,13 @@ class Request:
         model: DeepSeekV3,
         input_ids: Int[Tensor, "*prompts"],
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        temperature: float | Sequence[float] = 0.0,
         top_p: float = 1.0,
         stop_tokens: Collection[int] | None = None,
         lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
         top_k: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Request:
         """Check the arguments of ``generate`` and put in what was left out.
 
@@ -59,13 +60,20 @@ class Request:
                 together pass ``max_position_embeddings``.
         """
         config = model.config
-        sampler = Sampler(temperature, top_p, generator, top_k)
+        device, by_row = model.lm_head.weight.device, isinstance(temperature, Sequence)
+        if seeds is not None and generator is not None:
+            raise InputError("seeds: given beside generator; pass one of them")
+        generators = None if seeds is None else tuple(torch.Generator(device).manual_seed(s) for s in seeds)
+        sampler = Sampler(tuple(temperature) if by_row else temperature, top_p, generator, top_k, generators)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise InputError(
                 f"input_ids: shape {tuple(input_ids.shape)}, expected [batch, tokens], neither of them 0"
             )
+        for name, values in (("temperature", temperature if by_row else None), ("seeds", seeds)):
+            if values is not None and len(values) != len(input_ids):
+                raise InputError(f"{name}: {len(values)} given, expected one for each of the {len(input_ids)} prompts")
         width = input_ids.shape[1]
         ragged = lengths is not None
         if lengths is None:
@@ -88,7 +96,6 @@ class Request:
         for token in stop_tokens:
             if not 0 <= token < config.vocab_size:
                 raise InputError(f"stop_tokens: holds {token}, expected ids in [0, {config.vocab_size})")
-        device = model.lm_head.weight.device
         for name, where in (
             ("input_ids", input_ids.device), ("generator", device if generator is None else generator.device),
         ):  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import InputError
@@ -18,51 +18,82 @@ class Sampler:
     """How a token is picked.
 
     Args:
-        temperature: 0 takes the likeliest token, otherwise logits are divided by it and sampled.
+        temperature: 0 takes the likeliest token, otherwise logits are divided by it and sampled; a tuple has one a row.
         top_p: sample among the likeliest tokens that together hold this probability.
         generator: source of the sampling, on the logits' device; torch's global one by default.
         top_k: sample among so many likeliest tokens; ``None`` keeps all. It cuts before ``top_p`` does.
+        generators: one a row in place of ``generator``: what a row draws then hangs on no other row.
 
     Raises:
         InputError: a setting is out of range.
     """
 
-    temperature: float = 0.0
+    temperature: float | tuple[float, ...] = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
     top_k: int | None = None
+    generators: tuple[torch.Generator, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
-            raise InputError(
-                f"temperature: {self.temperature}, expected a finite number >= 0 (0 takes the likeliest token)"
-            )
+        for temperature in self._temperatures:
+            if not (temperature >= 0.0 and math.isfinite(temperature)):
+                raise InputError(
+                    f"temperature: {temperature}, expected a finite number >= 0 (0 takes the likeliest token)"
+                )
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p: {self.top_p}, expected a number in (0, 1]; 1 keeps all tokens")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k: {self.top_k}, expected at least 1; None keeps all tokens")
 
     @property
+    def _temperatures(self) -> tuple[float, ...]:
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
+    @property
     def greedy(self) -> bool:
         """Whether nothing is drawn."""
-        return self.temperature == 0.0
+        return not any(self._temperatures)
 
     def probabilities(self, logits: Float[Tensor, "*B vocab"]) -> Float[Tensor, "*B vocab"]:
-        """The distribution that ``choose`` draws from."""
-        return probabilities(logits, self.temperature, self.top_p, self.top_k)
+        """The distribution that ``choose`` draws from; the first dimension is the rows'."""
+        if not isinstance(self.temperature, tuple):
+            return probabilities(logits, self.temperature, self.top_p, self.top_k)
+        rows = zip(logits, self.temperature, strict=True)
+        return torch.stack([probabilities(row, t, self.top_p, self.top_k) for row, t in rows])
 
     def choose(self, logits: Float[Tensor, "*B vocab"]) -> Int[Tensor, "*B"]:
         """Pick a token from each row of logits."""
         return logits.argmax(-1) if self.greedy else self.draw(self.probabilities(logits))
 
-    def draw(self, p: Float[Tensor, "*B vocab"]) -> Int[Tensor, "*B"]:
-        """A token from each row's distribution."""
-        flat = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=self.generator)
-        return flat.view(p.shape[:-1])
+    def draw(
+        self, p: Float[Tensor, "*B vocab"], wanted: Bool[Tensor, " rows"] | None = None
+    ) -> Int[Tensor, "*B"]:
+        """A token from each row's distribution.
 
-    def uniform(self, *shape: int, device: torch.device) -> Float[Tensor, "*shape"]:
-        """Numbers from [0, 1), FP32."""
-        return torch.rand(*shape, generator=self.generator, device=device)
+        Args:
+            p: the first dimension is the rows'.
+            wanted: on the CPU; a row that wants none uses up none of its own generator's numbers, and gets token 0.
+        """
+        if self.generators is None:
+            return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=self.generator).view(p.shape[:-1])
+        tokens = torch.zeros(p.shape[:-1], dtype=torch.int64, device=p.device)
+        for b in self._rows(wanted):
+            flat = p[b].reshape(-1, p.shape[-1])
+            tokens[b] = torch.multinomial(flat, 1, generator=self.generators[b]).view(p.shape[1:-1])
+        return tokens
+
+    def uniform(self, sizes: Int[Tensor, " B"], most: int) -> Float[Tensor, "B most"]:
+        """Numbers from [0, 1), FP32, on the device of ``sizes``; so many of each row are used."""
+        if self.generators is None:
+            return torch.rand(len(sizes), most, generator=self.generator, device=sizes.device)
+        numbers = torch.zeros(len(sizes), most, device=sizes.device)
+        for b, size in enumerate(sizes.tolist()):
+            numbers[b, :size] = torch.rand(size, generator=self.generators[b], device=sizes.device)
+        return numbers
+
+    def _rows(self, wanted: Tensor | None) -> list[int]:
+        assert self.generators is not None
+        return list(range(len(self.generators))) if wanted is None else wanted.nonzero()[:, 0].tolist()
 
 
 def probabilities(

@@ -1,9 +1,9 @@
-"""Speculative decoding: the MTP modules draft, the model verifies, and the text is what it would have been.
+"""Speculative decoding: a drafter guesses, the model verifies, and the text is what it would have been.
 
 A pass over m + 1 tokens takes hardly longer than one over a single token, as both read all weights. So each
-round the MTP chain drafts m tokens behind the newest one, the model scores all of them in one pass, and those
-are kept that it could have said itself, and one token of its own after them (paper §5.4.3; the rule is that
-of Leviathan et al., 2023). It is no search for the best of several: one draft is kept or cut short.
+round the MTP chain (or another of ``drafters``) drafts m tokens behind the newest one, the model scores all of them
+in one pass, and those are kept that it could have said itself, and one token of its own after them (paper §5.4.3; the
+rule is that of Leviathan et al., 2023). It is no search for the best of several: one draft is kept or cut short.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import InputError
 from ..layers.cache import LatentCache
 from .acceptance import Round, SpeculationStatistics
-from .drafter import Drafter, take, unless_full
+from .draft_count import DraftCount, count_of
+from .drafters import Drafter, Drafts, drafter_of
+from .drafters.windows import take, unless_full
 from .request import Request, prefill
 from .sampling import Sampler
 
@@ -63,7 +64,7 @@ def verify(
     p = sampler.probabilities(logits)
     named = drafts.clamp(min=0)[..., None]
     p_draft, q_draft = (x.gather(-1, named).squeeze(-1) for x in (p[:, :-1], q))
-    stands = sampler.uniform(*drafts.shape, device=drafts.device) * q_draft < p_draft
+    stands = sampler.uniform(sizes, drafts.shape[1]) * q_draft < p_draft
     accepted = leading(present & stands)
     p_next = p[rows, accepted]
     q_next = torch.cat([q, torch.zeros_like(p[:, :1])], 1)[rows, accepted]
@@ -85,34 +86,30 @@ Verifier = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sampler], Verdict]
 def speculate(
     model: DeepSeekV3,
     request: Request,
-    draft_tokens: int | None = None,
+    draft_tokens: int | str | DraftCount | None = None,
     statistics: SpeculationStatistics | None = None,
     verifier: Verifier = verify,
+    drafter: Drafter | DeepSeekV3 | str | None = None,
 ) -> Iterator[Round]:
     """Give each round as soon as it stands; the first is the prompts' own pass, without drafts.
 
     Args:
-        model: with at least one MTP module.
+        model: verifies.
         request: prompts and settings. Rows go on independently of each other.
-        draft_tokens: m, by default one per module; beyond that the last module is used again.
+        draft_tokens: m; by default the drafter's own number (one per MTP module; beyond that the last module is
+            used again). "auto" takes in each round what gave the most tokens a second, none where drafts do not pay;
+            what is sampled then hangs on the machine's clock, what is greedy does not. Or an object that says it.
         statistics: is filled along the way. verifier: ``verify``, or a wrong one to see what breaks.
+        drafter: as for ``drafters.drafter_of``; by default the MTP chain.
 
     Returns:
         Rounds whose tokens, joined, are as plain generation gives them: equal where greedy (but for
         rounding: a pass over several tokens may settle a tie otherwise), equally distributed where sampled.
 
     Raises:
-        InputError: the model has no MTP module, or ``draft_tokens`` is below 1.
+        InputError: the drafter cannot draft for this model, or ``draft_tokens`` is below 1.
     """
-    depth = model.config.num_nextn_predict_layers
-    if depth == 0:
-        raise InputError(
-            "speculative: the model has no MTP module to draft with (num_nextn_predict_layers is 0); "
-            "generate without speculation"
-        )
-    if draft_tokens is not None and draft_tokens < 1:
-        raise InputError(f"draft_tokens: {draft_tokens}, expected at least 1")
-    return _rounds(Speculation(model, request, draft_tokens or depth, verifier), statistics)
+    return _rounds(Speculation(model, request, draft_tokens, verifier, drafter), statistics)
 
 
 def _rounds(speculation: Speculation, statistics: SpeculationStatistics | None) -> Iterator[Round]:
@@ -128,16 +125,27 @@ class Speculation:
     """What stands between two rounds. The bookkeeping is by row and on the CPU.
 
     Args:
-        model, request, draft_tokens, verifier: as for ``speculate``.
+        model, request, draft_tokens, verifier, drafter: as for ``speculate``.
 
     Attributes:
         text: Int64 [B, capacity], prompts and confirmed tokens. n: Int64 [B], how many a row has.
         ended: bool [B]. cache: the model's latents of each row's first n − 1 tokens, neither more nor fewer.
+        count: says how many drafts a round has.
     """
 
-    def __init__(self, model: DeepSeekV3, request: Request, draft_tokens: int, verifier: Verifier) -> None:
-        self.model, self.request = model, request
-        self.draft_tokens, self.verifier = draft_tokens, verifier
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        request: Request,
+        draft_tokens: int | str | DraftCount | None = None,
+        verifier: Verifier = verify,
+        drafter: Drafter | DeepSeekV3 | str | None = None,
+    ) -> None:
+        self.model, self.request, self.verifier = model, request, verifier
+        self._drafter = drafter_of(drafter)
+        usual = self._drafter.drafts_a_round(model)
+        known = draft_tokens is None or isinstance(draft_tokens, int | str)
+        self.count = count_of(draft_tokens, usual) if known else draft_tokens
         self.cache = LatentCache(model.config, capacity=request.reserve)
         ids = request.input_ids.cpu()
         self.text = torch.cat([ids, ids.new_zeros(ids.shape[0], request.max_new_tokens)], 1)
@@ -149,7 +157,7 @@ class Speculation:
         """The prompts' pass, and each row's first token."""
         request = self.request
         logits, hidden = prefill(self.model, request, self.cache)
-        self.drafter = Drafter(self.model, request.sampler, hidden, self.draft_tokens, request.reserve)
+        self.drafting = self._drafter.begin(self.model, request, hidden, self.count.most)
         return self._gain([[] for _ in self.n], [0] * len(self.n), request.sampler.choose(logits).tolist())
 
     @torch.inference_mode()
@@ -157,28 +165,31 @@ class Speculation:
         """Draft, verify, keep what stands."""
         device = self.request.input_ids.device
         left = self.request.lengths + self.request.max_new_tokens - self.n
-        sizes = (left - 1).clamp(max=self.draft_tokens).masked_fill(self.ended, 0)  # one is the model's own
-        drafts, q = self._draft(sizes)
+        wanted = (left - 1).clamp(max=self.count.next()).masked_fill(self.ended, 0)  # one is the model's own
+        drafts = self._draft(wanted)
         newest = take(self.text, self.n - 1, 1).to(device)
-        reads = (sizes + 1).masked_fill(self.ended, 0)
+        reads = (drafts.sizes + 1).masked_fill(self.ended, 0)
         out = self.model(
-            torch.cat([newest, drafts], 1), cache=self.cache, lengths=unless_full(reads, drafts.shape[1] + 1)
+            torch.cat([newest, drafts.tokens], 1), cache=self.cache,
+            lengths=unless_full(reads, drafts.tokens.shape[1] + 1),
+        )  # fmt: skip
+        accepted, token = self.verifier(
+            drafts.tokens, drafts.q, out.logits, drafts.sizes.to(device), self.request.sampler
         )
-        accepted, token = self.verifier(drafts, q, out.logits, sizes.to(device), self.request.sampler)
-        judged = [row[:size] for row, size in zip(drafts.tolist(), sizes.tolist(), strict=True)]
+        judged = [row[:size] for row, size in zip(drafts.tokens.tolist(), drafts.sizes.tolist(), strict=True)]
         before = self.n.clone()
         round_ = self._gain(judged, accepted.tolist(), token.tolist())
         self.cache.crop(self.n - 1)
-        if drafts.shape[1]:  # else no row will draft again
-            self.drafter.confirm(before, self.n, out.hidden)
+        self.drafting.confirm(before, self.n, out.hidden)
+        self.count.saw(round_)
         return round_
 
-    def _draft(self, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
-        if bool(sizes.any()):
-            return self.drafter.draft(self.text, self.n, sizes)
+    def _draft(self, wanted: Tensor) -> Drafts:
+        if bool(wanted.any()):
+            return self.drafting.draft(self.text, self.n, wanted)
         vocab, ids = self.model.config.vocab_size, self.request.input_ids
         q = None if self.request.sampler.greedy else torch.zeros(len(ids), 0, vocab, device=ids.device)
-        return ids[:, :0], q
+        return Drafts(ids[:, :0], q, torch.zeros_like(wanted))
 
     def _gain(self, drafts: list[list[int]], accepted: list[int], tokens: list[int]) -> Round:
         """Write down what each row gained, up to its stop token."""

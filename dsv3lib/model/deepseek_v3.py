@@ -6,7 +6,7 @@ tensors (``checkpoint`` splits and joins them at the edge).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from .parameters import parameter_counts
 
 if TYPE_CHECKING:
     from ..inference.acceptance import SpeculationStatistics
+    from ..inference.drafters import Drafter
 
 
 class DeepSeekV3(nn.Module):
@@ -265,7 +266,7 @@ class DeepSeekV3(nn.Module):
         self,
         input_ids: Int[Tensor, "*prompts"],
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        temperature: float | Sequence[float] = 0.0,
         top_p: float = 1.0,
         speculative: bool = False,
         *,
@@ -273,21 +274,26 @@ class DeepSeekV3(nn.Module):
         stop_tokens: Collection[int] | None = None,
         lengths: Int[Tensor, "*rows"] | None = None,
         generator: torch.Generator | None = None,
-        draft_tokens: int | None = None,
+        draft_tokens: int | str | None = None,
+        drafter: Drafter | DeepSeekV3 | str | None = None,
         statistics: SpeculationStatistics | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Int[Tensor, "B T_out"]:
         """Continue each row until a stop token or ``max_new_tokens``; the whole story is in ``inference.generate``.
 
         Args:
             input_ids: [B, T], prompts, right-padded where ``lengths`` [B] says that rows end early.
             max_new_tokens: at most so many are added to a row.
-            temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled. One number, or
+                one a row.
             top_p: sample among the likeliest tokens that together hold this probability.
-            speculative: the MTP modules draft, the model verifies: the same text in fewer passes.
+            speculative: a drafter guesses, the model verifies: the same text in fewer passes.
             top_k: sample among so many likeliest tokens; by default all.
             stop_tokens: a row ends with the first of these; by default the checkpoint's end tokens.
-            generator: source of the sampling.
-            draft_tokens: drafts a pass, one per MTP module by default. statistics: counts what is accepted.
+            generator: source of the sampling; or ``seeds``, one a row.
+            draft_tokens: drafts a pass, one per MTP module by default, "auto" as many as pay. statistics: counts what
+                is accepted.
+            drafter: "mtp", the default, "lookup" or a smaller model.
 
         Returns:
             Each row's prompt and continuation, filled up with ``pad_token_id`` to the longest row.
@@ -299,7 +305,8 @@ class DeepSeekV3(nn.Module):
 
         return generate(
             self, input_ids, max_new_tokens, temperature, top_p, speculative, top_k=top_k, stop_tokens=stop_tokens,
-            lengths=lengths, generator=generator, draft_tokens=draft_tokens, statistics=statistics,
+            lengths=lengths, generator=generator, draft_tokens=draft_tokens, drafter=drafter, statistics=statistics,
+            seeds=seeds,
         )  # fmt: skip
 
     def save_pretrained(self, folder: str | Path, **settings: object) -> None:

@@ -114,8 +114,25 @@ def test_it_prints_the_prompt_and_what_the_model_writes(checkpoint, capsys, temp
 def test_speculation_prints_the_same_text_and_its_figures(checkpoint, capsys):
     same = (checkpoint, "--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0)
     plain, _ = written(capsys, *same)
-    drafted, figures = written(capsys, *same, "--speculative", "--draft-tokens", 2)
-    assert plain == drafted and "tokens a pass" in figures and "drafts accepted" in figures
+    for how in (("--draft-tokens", 2), ("--draft-tokens", "auto"), ("--drafter", "lookup"), ("--drafter", checkpoint)):
+        drafted, figures = written(capsys, *same, "--speculative", *how)
+        assert plain == drafted and "tokens a pass" in figures
+        assert "drafts accepted" in figures or "lookup" in how  # which may find nothing
+    assert "100% of" in figures  # a model that drafts for itself is always right
+
+
+def test_top_k_of_one_is_greedy(checkpoint, capsys):
+    same = (checkpoint, "--prompt", "import ", "--max-new-tokens", 8)
+    assert written(capsys, *same, "--top-k", 1)[0] == written(capsys, *same, "--temperature", 0)[0]
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(checkpoint, capsys, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "small")
+    tokenizer = json.loads((tmp_path / "small/tokenizer.json").read_text())
+    tokenizer["added_tokens"].pop()
+    (tmp_path / "small/tokenizer.json").write_text(json.dumps(tokenizer))
+    says = refused(capsys, checkpoint, "--speculative", "--drafter", tmp_path / "small")
+    assert "--drafter: the tokenizer of" in says and "must share it" in says
 
 
 def test_without_a_prompt_it_begins_a_text(checkpoint, capsys):
@@ -217,6 +234,8 @@ def test_a_damaged_model_is_refused(checkpoint, tmp_path, capsys):
         (["--temperature", "-1"], "temperature: -1.0"),
         (["--temperature", "nan"], "temperature: nan"),
         (["--top-p", "2"], "top_p: 2.0"),
+        (["--top-k", "0"], "top_k: 0"),
+        (["--drafter", "lookup"], "--drafter: lookup given without --speculative"),
         (["--draft-tokens", "2"], "--draft-tokens: 2 given without --speculative"),
         (["--speculative", "--draft-tokens", "0"], "draft_tokens: 0"),
         (["--seed", str(2**64)], "--seed"),

@@ -6,44 +6,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from speculating import (
+    NEVER,
+    VOCAB,
+    chain_model,
+    deviation,
+    joint_distribution,
+    prompts,
+    sampled,
+    tiny_vocabulary,
+)
 
-from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
+from dsv3lib import LatentCache
 from dsv3lib.errors import InputError
 from dsv3lib.inference.acceptance import Round, SpeculationStatistics, expected_tokens_per_pass
-from dsv3lib.inference.drafter import Drafter
+from dsv3lib.inference.drafters.mtp_chain import ChainDrafting
 from dsv3lib.inference.request import Request, prefill
 from dsv3lib.inference.sampling import Sampler
 from dsv3lib.inference.speculative import Speculation, Verdict, speculate, verify
 from dsv3lib.rope_settings import YarnScaling
-
-VOCAB = 24
-NEVER = ()
-
-
-def chain_model(depth=1, noise=1.0, seed=0, spread=0.3, **changes):
-    """A small FP64 model with ``depth`` MTP modules; at ``noise`` 0 they know all that the model knows.
-
-    Without the blocks' outputs the next token depends on the newest one alone, and with eh_proj = [I 0] a
-    module sees just that token. Noise brings the rest in: from 0 to 1 drafts go from always to rarely right.
-    """
-    settings = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": spread,
-        "num_nextn_predict_layers": depth, **changes,
-    }  # fmt: skip
-    config = ModelConfig.preset("nano").replace(**settings)
-    model = DeepSeekV3(config, generator=torch.Generator().manual_seed(seed)).double()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                weight.mul_(noise)
-            elif name.endswith("eh_proj.weight"):
-                weight.mul_(noise)[:, : config.hidden_size] += torch.eye(config.hidden_size)
-    return model
-
-
-def prompts(batch, width, seed=0, vocab=VOCAB):
-    return torch.randint(0, vocab, (batch, width), generator=torch.Generator().manual_seed(seed))
-
 
 # ---- greedy ----------------------------------------------------------------------------------------------
 
@@ -130,7 +111,7 @@ def test_after_each_round_the_caches_hold_the_confirmed_tokens_and_no_draft(dept
     main, chain = range(2), range(2, 2 + used)
     while not bool(state.ended.all()):
         drafting = [b for b in range(2) if int(state.n[b] - lengths[b]) < 8 and not state.ended[b]]
-        before, held = state.n.clone(), state.drafter.cache.lengths.clone()
+        before, held = state.n.clone(), state.drafting.cache.lengths.clone()
         state.step()
         assert torch.equal(state.cache.lengths, state.n - 1)
         for b in range(2):
@@ -142,17 +123,17 @@ def test_after_each_round_the_caches_hold_the_confirmed_tokens_and_no_draft(dept
                 latents(state.cache, main, b, n - 1), latents(fresh, main, 0, n - 1), strict=True
             ):
                 torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-            length = int(state.drafter.cache.lengths[b])
+            length = int(state.drafting.cache.lengths[b])
             sure = min(int(before[b]) - 1, max(n - 1 - used, 0))
             assert length == (sure if b in drafting else int(held[b]))
-            again = Drafter(model, request.sampler, hidden, draft_tokens, 64)
+            again = ChainDrafting(model, request.sampler, hidden, draft_tokens, 64)
             again.draft(state.text[b : b + 1], state.n[b : b + 1], torch.tensor([draft_tokens]))
             for got, expected in zip(
-                latents(state.drafter.cache, chain, b, length), latents(again.cache, chain, 0, length),
+                latents(state.drafting.cache, chain, b, length), latents(again.cache, chain, 0, length),
                 strict=True,
             ):  # fmt: skip
                 torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-            window = state.drafter.hidden[b, : n - 1 - length]
+            window = state.drafting.hidden[b, : n - 1 - length]
             if b in drafting:
                 torch.testing.assert_close(window, hidden[0, length:], rtol=0, atol=1e-12)
 
@@ -185,45 +166,6 @@ def test_drafts_are_what_the_training_time_chain_predicts(depth):
 
 # ---- sampling --------------------------------------------------------------------------------------------
 
-SMALL, NEW, ROWS = 4, 4, 3000
-
-
-def joint_distribution(model, prompt, temperature, top_p):
-    """p of every continuation of NEW tokens, from the logits of all prefixes."""
-    prefixes = torch.cartesian_prod(*[torch.arange(SMALL)] * NEW)  # SMALL^NEW rows
-    text = torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)
-    with torch.no_grad():
-        logits = model(text).logits[:, prompt.shape[1] - 1 : -1]
-    p = Sampler(temperature, top_p).probabilities(logits).double()
-    return p.gather(-1, prefixes[..., None]).squeeze(-1).prod(-1)
-
-
-def deviation(counts, p):
-    """Chi-square, in standard deviations from its mean (Wilson and Hilferty); cells below 5 are joined."""
-    expected = counts.sum() * p
-    kept = expected >= 5
-    observed = torch.cat([counts[kept], counts[~kept].sum()[None]])
-    expected = torch.cat([expected[kept], expected[~kept].sum()[None].clamp(min=1e-9)])
-    df = len(expected) - 1
-    x = float(((observed - expected) ** 2 / expected).sum()) / df
-    return (x ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
-
-
-def sampled(model, prompt, temperature, top_p, verifier=verify, draft_tokens=None, statistics=None):
-    """How often each continuation came in ROWS rows that speculate side by side."""
-    request = Request.of(
-        model, prompt.expand(ROWS, -1), NEW, temperature, top_p, NEVER,
-        generator=torch.Generator().manual_seed(11),
-    )  # fmt: skip
-    rows = request.rows()
-    for round_ in speculate(model, request, draft_tokens, statistics, verifier):
-        for row, tokens in zip(rows, round_.tokens, strict=True):
-            row.extend(tokens)
-    new = torch.tensor(rows)[:, prompt.shape[1] :]
-    index = (new * SMALL ** torch.arange(NEW - 1, -1, -1)).sum(-1)
-    return torch.bincount(index, minlength=SMALL**NEW).double()
-
-
 def always_accept(drafts, q, logits, sizes, sampler):
     """Wrong: what the drafter says is taken for what the model says."""
     p = sampler.probabilities(logits)[torch.arange(len(drafts)), sizes]
@@ -234,13 +176,6 @@ def draw_from_p_after_a_fall(drafts, q, logits, sizes, sampler):
     """Wrong: after a draft that fell, the token is drawn from p and not from what is left of it."""
     accepted, _ = verify(drafts, q, logits, sizes, sampler)
     return Verdict(accepted, sampler.draw(sampler.probabilities(logits)[torch.arange(len(drafts)), accepted]))
-
-
-def tiny_vocabulary(depth):
-    return chain_model(
-        depth, noise=0.7, seed=3, spread=0.2, vocab_size=SMALL, hidden_size=16, num_hidden_layers=1,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    ).float()  # fmt: skip
 
 
 @pytest.mark.parametrize(

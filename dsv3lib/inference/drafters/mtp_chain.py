@@ -6,26 +6,65 @@ draft, the module's latents are provisional: when the truth is known they are fo
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..layers.cache import LatentCache
-from .sampling import Sampler
+from ...errors import InputError
+from ...layers.cache import LatentCache
+from ..sampling import Sampler
+from . import Drafts
+from .windows import take, unless_full
 
 if TYPE_CHECKING:
-    from ..model import DeepSeekV3
+    from ...model import DeepSeekV3
+    from ..request import Request
 
 
-class Drafter:
+@dataclass(frozen=True)
+class MTPChain:
+    """Drafts from the model's own MTP modules.
+
+    Args:
+        remembers: after rounds without drafts the modules catch up on so many positions at most, and forget what was
+            before: reading all of a long stretch anew would cost more than drafts are worth.
+    """
+
+    remembers: int = 128
+
+    def drafts_a_round(self, model: DeepSeekV3) -> int:
+        """One per module.
+
+        Raises:
+            InputError: the model has none.
+        """
+        depth = model.config.num_nextn_predict_layers
+        if depth == 0:
+            raise InputError(
+                "speculative: the model has no MTP module to draft with (num_nextn_predict_layers is 0); pass "
+                'drafter="lookup", or a smaller model as drafter, or generate without speculation'
+            )
+        return depth
+
+    def begin(
+        self, model: DeepSeekV3, request: Request, hidden: Float[Tensor, "B T D"], most: int
+    ) -> ChainDrafting:
+        """Arguments as for ``Drafter.begin``; beyond one draft a module the last module is used again."""
+        return ChainDrafting(model, request.sampler, hidden, most, request.reserve, self.remembers)
+
+
+class ChainDrafting:
     """The chain with a cache of its own. Rows stand at different positions; lengths are Int64 on the CPU.
 
     Args:
         model: its MTP modules draft. sampler: drafts are picked as the model's own tokens are.
         hidden: [B, T, D], the model's hidden states of the prompts, right-padded.
         draft_tokens: the most drafts a round. capacity: tokens that the cache reserves.
+        remembers: as for ``MTPChain``.
 
     Attributes:
         cache: latents of the positions whose inputs are confirmed tokens at every depth.
@@ -39,6 +78,7 @@ class Drafter:
         hidden: Float[Tensor, "B T D"],
         draft_tokens: int,
         capacity: int,
+        remembers: int = 128,
     ) -> None:
         self.model, self.sampler, self.hidden = model, sampler, hidden
         # With fewer drafts than modules, the last modules are not needed at all.
@@ -46,20 +86,15 @@ class Drafter:
         self.cache = LatentCache(model.config, mtp=True, capacity=capacity)
         self.cache.plan(hidden.shape[0], 0)  # the rows are there, and empty
         self._first = self.cache.lengths  # position of hidden[:, 0]
+        self._offset = torch.zeros_like(self._first)  # position of the cache's first latent
+        self._drafted = False
+        # Hidden states of passes without drafts, not yet joined to ``hidden``; and each row's n before them.
+        self._skipped: deque[Tensor] = deque(maxlen=remembers)
+        self._since: Tensor | None = None
 
-    def draft(
-        self, text: Int[Tensor, "B capacity"], n: Int[Tensor, " B"], sizes: Int[Tensor, " B"]
-    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m vocab"] | None]:
-        """Guess the tokens behind each row's newest: once through the chain, then the last module again.
-
-        Args:
-            text: confirmed tokens, on the CPU. n: how many each row has; the model has read all but the newest.
-            sizes: drafts wanted of each row, at least one somewhere; a row that wants none will never again.
-
-        Returns:
-            Drafts, m the largest of ``sizes``, and the distributions that they were drawn from (``None`` where
-            greedy). Past a row's own size they mean nothing.
-        """
+    def draft(self, text: Int[Tensor, "B capacity"], n: Int[Tensor, " B"], sizes: Int[Tensor, " B"]) -> Drafts:
+        """As ``Drafting.draft``: once through the chain, then the last module again."""
+        self._catch_up(n)
         device, rows = self.hidden.device, torch.arange(len(n))
         new = (n - 1 - self._first).masked_fill(sizes == 0, 0)
         width, last = int(new.max()), (new - 1).clamp(min=0)
@@ -72,7 +107,7 @@ class Drafter:
         for module in self.modules:  # all of them, even for fewer drafts: their latents are wanted later
             hidden, _ = module.advance(hidden, self.model.model.embed_tokens(tokens), step)
             newest = hidden[rows, last]
-            self._pick(newest, drafts, q)
+            self._pick(newest, sizes, drafts, q)
             tokens = tokens.roll(-1, 1)
             tokens[rows, last] = drafts[-1]
         self.cache.advance(width, lengths)
@@ -83,18 +118,21 @@ class Drafter:
             step = self.model.begin(tokens, self.cache, lengths)
             hidden, _ = module.advance(newest[:, None], self.model.model.embed_tokens(tokens), step)
             newest = hidden[:, 0]
-            self._pick(newest, drafts, q)
+            self._pick(newest, sizes, drafts, q)
             self.cache.advance(1, lengths)
         m = int(sizes.max())
-        return torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None
+        self._drafted = True
+        return Drafts(torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None, sizes)
 
-    def _pick(self, hidden: Float[Tensor, "B D"], drafts: list[Tensor], q: list[Tensor]) -> None:
+    def _pick(
+        self, hidden: Float[Tensor, "B D"], sizes: Int[Tensor, " B"], drafts: list[Tensor], q: list[Tensor]
+    ) -> None:
         logits = self.model.lm_head(hidden)
         if self.sampler.greedy:
             drafts.append(logits.argmax(-1))
         else:
             q.append(self.sampler.probabilities(logits))
-            drafts.append(self.sampler.draw(q[-1]))
+            drafts.append(self.sampler.draw(q[-1], sizes >= len(q)))
 
     def confirm(
         self, before: Int[Tensor, " B"], n: Int[Tensor, " B"], hidden: Float[Tensor, "B Tk D"]
@@ -102,14 +140,38 @@ class Drafter:
         """Forget what rests on drafts, and take in what the model made of the tokens that stand.
 
         Args:
-            before: confirmed tokens of each row when it was drafted. n: as many now.
+            before: confirmed tokens of each row before the pass. n: as many now.
             hidden: the model's states from position ``before`` − 1 on.
         """
+        if self._drafted:
+            self._drafted = False
+            self._take_in(before, n, hidden)
+        else:
+            self._since = before.clone() if self._since is None else self._since
+            self._skipped.append(hidden)
+
+    def _catch_up(self, n: Int[Tensor, " B"]) -> None:
+        """Join what the model read in passes without drafts; of very many only the last ones."""
+        if self._since is None:
+            return
+        joined, since = torch.cat(tuple(self._skipped), 1), self._since
+        self._since = None
+        self._skipped.clear()
+        if joined.shape[1] == int((n - since).max()):
+            self._take_in(since, n, joined)
+        else:  # Some were forgotten: begin anew. RoPE tells distances alone, so the latents may count from 0.
+            self.cache.crop(0)
+            self.hidden = joined
+            self._first = self._offset = (n - 1 - joined.shape[1]).clamp(min=0)
+
+    def _take_in(
+        self, before: Int[Tensor, " B"], n: Int[Tensor, " B"], hidden: Float[Tensor, "B Tk D"]
+    ) -> None:
         # At position i the deepest module has read token i + depth. Sure are the drafts that stand, and not
         # the newest token, which the model put in the place of a draft that fell.
         sure = (n - 1 - len(self.modules)).clamp(min=0).minimum(before - 1)
-        first = self.cache.lengths.minimum(sure)
-        self.cache.crop(first)
+        first = (self.cache.lengths + self._offset).minimum(sure).maximum(self._offset)
+        self.cache.crop(first - self._offset)
         width = int((n - 1 - first).max())
         places = first[:, None] + torch.arange(width)
         held = self.hidden.shape[1]
@@ -118,14 +180,3 @@ class Drafter:
         joined = torch.cat([self.hidden, hidden], 1)
         self.hidden = joined[torch.arange(len(n))[:, None], index]
         self._first = first
-
-
-def take(values: Int[Tensor, "B T"], start: Int[Tensor, " B"], width: int) -> Int[Tensor, "B width"]:
-    """``width`` values of each row from its ``start`` on; past the end, the last one again."""
-    places = (start[:, None] + torch.arange(width)).clamp(max=values.shape[1] - 1)
-    return values.gather(1, places)
-
-
-def unless_full(lengths: Int[Tensor, " B"], width: int) -> Int[Tensor, " B"] | None:
-    """Lengths as the model takes them: ``None`` where every row is full, which is faster."""
-    return None if bool((lengths == width).all()) else lengths

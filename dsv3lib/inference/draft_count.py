@@ -1,0 +1,173 @@
+"""How many tokens to draft in a round, or none, from running acceptance and measured time (adaptive speculation).
+
+A round with m drafts yields 1 + a₁ + a₁a₂ + … + a₁…a_m tokens, a_k the probability that draft k stands when those
+before it did, and takes t_m seconds. The best m has the most tokens a second, and m = 0 is plain decoding: where
+drafts do not pay, none are made. Both sides of the quotient are learned from the rounds themselves, since they move:
+a pass over m + 1 tokens costs more where attention is bound by arithmetic, acceptance falls and rises with the text.
+So what is not the best is tried again now and then, and the time that trials lose stays below a stated share of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Protocol, runtime_checkable
+
+from ..errors import InputError
+from .acceptance import Round
+
+_REMEMBERED = 7  # rounds whose median time counts
+_FORGETS = 0.97  # weight of a round after each further one
+_PRIOR = (1.0, 2.0)  # draft k before any was seen: one of two stood
+_TRIAL = 2  # rounds; the first one also pays for what the drafter has not read yet
+_TICK = 1e-9  # seconds; a coarse clock may not have moved
+LOSES_AT_MOST = 0.02
+"""Share of time that trials of other numbers of drafts may lose."""
+
+
+@runtime_checkable
+class DraftCount(Protocol):
+    """Who says how many drafts the next round has."""
+
+    most: int
+
+    def next(self) -> int:
+        """Drafts of the next round, 0 to ``most``."""
+        ...
+
+    def saw(self, round_: Round) -> None:
+        """Hear what came of it."""
+        ...
+
+
+class FixedCount:
+    """Always the same number.
+
+    Args:
+        most: of drafts a round.
+
+    Raises:
+        InputError: below 1.
+    """
+
+    def __init__(self, most: int) -> None:
+        if most < 1:
+            raise InputError(
+                f'draft_tokens: {most}, expected at least 1, or "auto"; without drafts is speculative=False'
+            )
+        self.most = most
+
+    def next(self) -> int:
+        """``most``."""
+        return self.most
+
+    def saw(self, round_: Round) -> None:
+        """Nothing changes."""
+
+
+class AdaptiveCount:
+    """The number of drafts that gives the most tokens a second here and now.
+
+    Args:
+        most: of drafts a round. loses: share of time that trials may lose. clock: gives seconds.
+    """
+
+    def __init__(
+        self, most: int, loses: float = LOSES_AT_MOST, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.most, self._loses, self._clock = most, loses, clock
+        self._stood = [list(_PRIOR) for _ in range(most)]  # of each depth: stood, judged
+        self._seconds: list[deque[float]] = [deque(maxlen=_REMEMBERED) for _ in range(most + 1)]
+        self._lost = [0.0] * (most + 1)  # seconds that the last trial of m lost
+        self._tried = [0.0] * (most + 1)  # when it ended
+        self._now, self._left, self._trial = 0, 0, (0.0, 0.0)
+        self._began = self._clock()
+
+    def next(self) -> int:
+        """The best number, or one whose turn it is to be tried; the round's time runs from here."""
+        if self._left == 0:
+            self._choose()
+        self._began = self._clock()
+        return self._now
+
+    def _choose(self) -> None:
+        unknown = next((m for m, seconds in enumerate(self._seconds) if not seconds), None)
+        best = self.best()
+        self._now, self._left = best, 1
+        if unknown is not None:
+            self._now, self._left = unknown, _TRIAL
+        else:
+            now = self._clock()
+            for m in range(self.most + 1):
+                patience = now - self._tried[m]
+                if m != best and patience * self._loses / self.most >= self._lost[m]:
+                    self._now, self._left = m, _TRIAL
+                    break
+        self._trial = (0.0, 0.0)
+
+    def saw(self, round_: Round) -> None:
+        """Count the round: its time, its tokens, and what became of its drafts."""
+        now, m = self._clock(), self._now
+        seconds, rows = now - self._began, sum(map(bool, round_.tokens))
+        if not rows:
+            return
+        self._left = max(self._left - 1, 0)
+        for accepted, tokens in zip(round_.accepted, round_.tokens, strict=True):
+            for k in range(min(m, accepted + 1) if tokens else 0):  # a guess that was not made did not stand either
+                stood, judged = self._stood[k]
+                self._stood[k] = [stood * _FORGETS + (k < accepted), judged * _FORGETS + 1]
+        spent, gained = self._trial
+        self._trial = (spent + seconds, gained + sum(map(len, round_.tokens)) / rows)
+        if self._left == 0:  # a trial's last round, or one like those before
+            self._seconds[m].append(max(seconds, _TICK))
+            rate = self.tokens_a_second(self.best())
+            self._lost[m] = max(self._trial[0] - self._trial[1] / rate, 0.0)
+            self._tried[m] = now
+
+    def acceptance(self) -> list[float]:
+        """a_k: of the drafts at depth k whose forerunners stood, the share that stood, newest rounds first."""
+        return [stood / judged for stood, judged in self._stood]
+
+    def seconds(self, m: int) -> float:
+        """t_m, the median of the last rounds with m drafts; NaN before any."""
+        return median(self._seconds[m]) if self._seconds[m] else float("nan")
+
+    def tokens_a_second(self, m: int) -> float:
+        """Expected, of a row; 0 while m was never tried."""
+        return tokens_of_a_round(self.acceptance()[:m]) / self.seconds(m) if self._seconds[m] else 0.0
+
+    def best(self) -> int:
+        """The number of drafts with the most tokens a second."""
+        return max(range(self.most + 1), key=self.tokens_a_second)
+
+
+def tokens_of_a_round(acceptance: Sequence[float]) -> float:
+    """1 + a₁ + a₁a₂ + … : expected tokens of a round whose draft k stands with a_k after all before it.
+
+    Args:
+        acceptance: conditional, one a draft.
+    """
+    total, all_stood = 1.0, 1.0
+    for a in acceptance:
+        all_stood *= a
+        total += all_stood
+    return total
+
+
+def count_of(draft_tokens: int | str | None, usual: int) -> DraftCount:
+    """What ``generate``'s argument ``draft_tokens`` stands for.
+
+    Args:
+        draft_tokens: a number, ``None`` for the drafter's usual one, or "auto".
+        usual: the drafter's.
+
+    Raises:
+        InputError: a number below 1, or another word.
+    """
+    if draft_tokens == "auto":
+        return AdaptiveCount(max(usual, 2))
+    if isinstance(draft_tokens, str):
+        raise InputError(f'draft_tokens: {draft_tokens!r}, expected a number from 1 on, or "auto"')
+    return FixedCount(usual if draft_tokens is None else draft_tokens)

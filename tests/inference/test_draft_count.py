@@ -1,0 +1,146 @@
+"""The number of drafts that is chosen: the best one for the costs and the acceptance at hand, and cheaply found."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from speculating import NEVER, chain_model, prompts
+
+from dsv3lib.errors import InputError
+from dsv3lib.inference.acceptance import Round, SpeculationStatistics
+from dsv3lib.inference.draft_count import (
+    LOSES_AT_MOST,
+    AdaptiveCount,
+    FixedCount,
+    count_of,
+    tokens_of_a_round,
+)
+
+
+class World:
+    """A machine whose passes cost what a table says, and text whose drafts stand with given probabilities.
+
+    Args:
+        seconds: of a round with m drafts. stands: of draft k, if all before it stood.
+    """
+
+    def __init__(self, seconds, stands, seed=0, noise=0.0):
+        self.seconds, self.stands, self.time, self.noise = seconds, stands, 0.0, noise
+        self.random, self.tokens, self.chosen = random.Random(seed), 0, []
+
+    def clock(self):
+        return self.time
+
+    def run(self, count, rounds):
+        for _ in range(rounds):
+            m = count.next()
+            self.chosen.append(m)
+            self.time += self.seconds[m] * (1 + self.noise * self.random.random())
+            accepted = 0
+            while accepted < m and self.random.random() < self.stands[accepted]:
+                accepted += 1
+            self.tokens += accepted + 1
+            count.saw(Round([[7] * m], [accepted], [[7] * (accepted + 1)]))
+
+    def rate(self, m):
+        return tokens_of_a_round(self.stands[:m]) / self.seconds[m]
+
+    @property
+    def best(self):
+        return max(range(len(self.seconds)), key=self.rate)
+
+
+@settings(max_examples=20)
+@given(
+    steps=st.lists(st.floats(0.02, 0.9), min_size=3, max_size=3),
+    stands=st.lists(st.floats(0.1, 0.95), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_it_comes_within_a_tenth_of_the_best_number_and_of_plain_decoding(steps, stands, seed):
+    seconds = [1.0]
+    for step in steps:
+        seconds.append(seconds[-1] + step)
+    world = World(seconds, stands, seed, noise=0.1)
+    world.run(AdaptiveCount(3, clock=world.clock), 1000)
+    got = world.tokens / world.time
+    assert got > 0.9 * world.rate(world.best) / 1.05
+    assert got > 0.95 / 1.05  # plain decoding: one token in 1 to 1.1 seconds
+
+
+@pytest.mark.parametrize(
+    "seconds, stands, best",
+    [
+        ([1.0, 2.0, 3.0], [0.6, 0.5], 0),  # a pass over two tokens costs two passes: drafts never pay
+        ([1.0, 1.05, 1.1], [0.8, 0.8], 2),
+        ([1.0, 1.05, 1.9], [0.8, 0.3], 1),
+    ],
+)
+def test_most_rounds_have_the_best_number(seconds, stands, best):
+    world = World(seconds, stands)
+    assert world.best == best
+    world.run(AdaptiveCount(2, clock=world.clock), 1000)
+    assert world.chosen.count(best) > 900 and set(world.chosen) == {0, 1, 2}
+
+
+def test_it_notices_when_drafts_begin_to_pay_and_when_they_stop():
+    world = World([1.0, 1.2, 1.4], [0.05, 0.05])
+    count = AdaptiveCount(2, clock=world.clock)
+    world.run(count, 400)
+    assert world.chosen[-100:].count(0) > 80
+    world.stands = [0.95, 0.95]
+    world.run(count, 1500)
+    assert world.chosen[-300:].count(2) > 270
+    world.stands = [0.05, 0.05]
+    world.run(count, 400)
+    assert world.chosen[-100:].count(0) > 80
+
+
+def test_trials_lose_no_more_than_their_share():
+    """With costs and acceptance that never move, all that is lost is lost in trials."""
+    world = World([1.0, 3.0, 5.0], [0.0, 0.0])
+    world.run(AdaptiveCount(2, clock=world.clock), 3000)
+    lost = world.time - world.tokens * world.seconds[0]
+    start = 2 * (2.0 + 4.0)  # each number is tried once, whatever it costs
+    assert 0 < lost - start <= LOSES_AT_MOST * world.time
+
+
+def test_a_guess_that_is_not_made_counts_as_one_that_fell():
+    """Prompt lookup often finds nothing; a few finds that stand must not look like an acceptance of 1."""
+    count = AdaptiveCount(1, clock=lambda: 0.0)
+    for i in range(200):
+        count.next()
+        count._now = 1
+        found = i % 4 == 0
+        count.saw(Round([[7]] if found else [[]], [int(found)], [[7, 7] if found else [7]]))
+    assert 0.1 < count.acceptance()[0] < 0.4
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_tokens_of_a_round_are_the_sum_over_how_many_stood(acceptance):
+    expected, reached = 0.0, 1.0
+    for k, a in enumerate(acceptance):
+        expected += (k + 1) * reached * (1 - a)
+        reached *= a
+    expected += (len(acceptance) + 1) * reached
+    assert tokens_of_a_round(acceptance) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("drafter", ["mtp", "lookup"])
+def test_generation_with_auto_writes_the_same_text(drafter):
+    model, ids, statistics = chain_model(1, 0.1), prompts(3, 5), SpeculationStatistics()
+    out = model.generate(
+        ids, 40, speculative=True, draft_tokens="auto", drafter=drafter, stop_tokens=NEVER, statistics=statistics
+    )
+    assert torch.equal(out, model.generate(ids, 40, stop_tokens=NEVER))
+    assert sum(statistics.drafted) > 0 and statistics.tokens == 3 * 39
+
+
+def test_words_and_numbers():
+    assert isinstance(count_of("auto", 1), AdaptiveCount) and count_of("auto", 4).most == 4
+    assert count_of(None, 3).next() == 3 and count_of(2, 3).next() == 2 and isinstance(count_of(2, 3), FixedCount)
+    with pytest.raises(InputError, match="draft_tokens: 'many', expected a number from 1 on, or \"auto\""):
+        count_of("many", 1)
+    with pytest.raises(InputError, match="draft_tokens: -1, expected at least 1"):
+        count_of(-1, 1)
