@@ -32,6 +32,8 @@ from .log import FOLDER, record
 from .small_models import PEAK_LEARNING_RATE, manual, rows_of, small_config, train
 
 TRAINED, TARGET, FACTOR = 128, 1024, 8.0
+V3_FACTOR = 40.0
+"""YaRN's alone, beside the other: the greater the factor, the more the temperature matters."""
 LENGTHS = (128, 256, 512, 1024)
 DEPTHS = tuple(round(0.05 + 0.1 * step, 2) for step in range(10))
 CONTROLS = DEPTHS[::3]
@@ -48,11 +50,17 @@ ANSWER_WEIGHT = 2.0
 POSITION_BINS, PLAIN_ROWS = 16, 32
 CURVE_EVERY = 50
 
-_TEMPERATURE = yarn_temperature(FACTOR, 1.0)
-_NOT_SQUARED = (_TEMPERATURE**0.5 - 1) / (_TEMPERATURE - 1)  # as a weight: its square is the temperature itself
+
+def once(yarn: YarnScaling) -> YarnScaling:
+    """YaRN's settings with such a weight that the temperature's square is the temperature that was meant."""
+    temperature = yarn_temperature(yarn.factor, 1.0)
+    weight = (temperature**0.5 - 1) / (temperature - 1)
+    return replace(yarn, mscale=weight, mscale_all_dim=weight)
+
+
 MISTAKES: Mapping[str, Callable[[YarnScaling], Scaling | None]] = MappingProxyType(
     {
-        "not_squared": lambda yarn: replace(yarn, mscale=_NOT_SQUARED, mscale_all_dim=_NOT_SQUARED),
+        "not_squared": once,
         "no_temperature": lambda yarn: replace(yarn, mscale=0.0, mscale_all_dim=0.0),
         "on_the_rotary_part_alone": lambda yarn: replace(yarn, mscale=1.0, mscale_all_dim=0.0),
         "interpolation": lambda yarn: LinearScaling(yarn.factor),
@@ -68,7 +76,7 @@ def base_config() -> ModelConfig:
     """The model that is trained, with the context that it is trained at."""
     return small_config(
         needle.VOCABULARY, ROTARY_DIMS, max_position_embeddings=TRAINED, rope_theta=THETA, kv_lora_rank=64,
-        initializer_range=0.1,
+        qk_nope_head_dim=32, initializer_range=0.1,
     )  # fmt: skip
 
 
@@ -142,6 +150,27 @@ def with_config(model: DeepSeekV3, config: ModelConfig) -> DeepSeekV3:
     return stretched.eval()
 
 
+def extend(model: DeepSeekV3, text: Tensor, steps: int, seed: int) -> None:
+    """V3's two phases at the last learning rate, in place."""
+    for phase in phases(TRAINED, TARGET, steps, TOKENS_A_STEP):
+        generator = torch.Generator().manual_seed(200 + seed)
+        losses = training_loss(text, lambda _, length=phase.length: length, generator, [])
+        for _ in train(model, phase.steps, losses, peak=PEAK_LEARNING_RATE / 10, constant=True):
+            pass
+
+
+def read_wrongly(model: DeepSeekV3, unseen: Tensor, rows: int) -> dict[str, Any]:
+    """What a model that YaRN extended comes to under each of ``MISTAKES``, and under none of them ("right")."""
+    yarn = model.config.rope_scaling
+    ports = {"right": yarn} | {name: mistake(yarn) for name, mistake in MISTAKES.items()}
+    return {
+        name: measure(
+            with_config(model, model.config.replace(rope_scaling=scaling)), unseen, rows, (TRAINED, TARGET), False
+        )
+        for name, scaling in ports.items()
+    }
+
+
 def run(seed: int, steps: int, extension_steps: int, rows: int) -> dict[str, Any]:
     """Train, stretch, measure, extend, measure again; then the ports that err."""
     started = time.process_time()
@@ -160,16 +189,13 @@ def run(seed: int, steps: int, extension_steps: int, rows: int) -> dict[str, Any
     for method in METHODS:
         model = with_config(base, extended_config(base.config, method, TRAINED, TARGET, FACTOR))
         before = measure(model, unseen, rows)
-        for phase in phases(TRAINED, TARGET, extension_steps, TOKENS_A_STEP):
-            generator = torch.Generator().manual_seed(200 + seed)
-            losses = training_loss(text, lambda _, length=phase.length: length, generator, [])
-            for _ in train(model, phase.steps, losses, peak=PEAK_LEARNING_RATE / 10, constant=True):
-                pass
+        extend(model, text, extension_steps, seed)
         found["methods"][method] = {"before": before, "after": measure(model, unseen, rows)}
-        if isinstance(yarn := model.config.rope_scaling, YarnScaling):
-            for name, mistake in MISTAKES.items():
-                port = with_config(model, model.config.replace(rope_scaling=mistake(yarn)))
-                found["mistakes"][name] = measure(port, unseen, rows, (TRAINED, TARGET), controls=False)
+        if method == "yarn":
+            found["mistakes"][f"{FACTOR:g}"] = read_wrongly(model, unseen, rows)
+    model = with_config(base, extended_config(base.config, "yarn", TRAINED, TARGET, V3_FACTOR))
+    extend(model, text, extension_steps, seed)
+    found["mistakes"][f"{V3_FACTOR:g}"] = read_wrongly(model, unseen, rows)
     return found | {"seconds": round(time.process_time() - started)}
 
 
@@ -177,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing from the log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the log")
-    parser.add_argument("--steps", type=int, default=1000, help="of the base model")
+    parser.add_argument("--steps", type=int, default=1200, help="of the base model")
     parser.add_argument("--extension-steps", type=int, default=50, help="of each of the two phases")
     parser.add_argument("--rows", type=int, default=16, help="prompts for each cell of the map")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
