@@ -40,11 +40,14 @@ class Peer:
 
     Args:
         ours: the model whose weights it takes.
+        dtype: of its weights; the routing biases stay in FP32, as ours do.
     """
 
-    def __init__(self, ours: DeepSeekV3) -> None:
+    def __init__(self, ours: DeepSeekV3, dtype: torch.dtype = torch.float32) -> None:
         self.model = build(ours.config)
         self.model.load_state_dict(ours.state_dict())
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def use(self, backend: Backend) -> None:
         """Run with this backend from now on."""

@@ -28,11 +28,11 @@ def allocate(model: nn.Module, dtype: torch.dtype) -> None:
     """
     parameters = list(dict.fromkeys(model.parameters()))  # each once, in order
     rows = [-(-p.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for p in parameters]
-    block = _block(sum(rows))
+    room = block(sum(rows))
     made: dict[nn.Parameter, nn.Parameter] = {}
     start = 0
     for old, size in zip(parameters, rows, strict=True):
-        values = block[start : start + old.numel() * dtype.itemsize].view(dtype).view(old.shape)
+        values = room[start : start + old.numel() * dtype.itemsize].view(dtype).view(old.shape)
         made[old] = nn.Parameter(values, requires_grad=old.requires_grad)
         start += size
     for module in model.modules():
@@ -44,8 +44,12 @@ def allocate(model: nn.Module, dtype: torch.dtype) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def _block(size: int) -> Tensor:
-    """Bytes in one piece, in huge pages where there are any."""
+def block(size: int) -> Tensor:
+    """Bytes in one piece, in huge pages where there are any.
+
+    Args:
+        size: of it, more than 0.
+    """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     rounded = -(-size // HUGE_PAGE) * HUGE_PAGE

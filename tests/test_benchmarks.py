@@ -12,6 +12,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bounds  # noqa: E402
 import cpu  # noqa: E402
+import cpu_few  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 from ours import CONFIG, Ours  # noqa: E402
@@ -57,6 +58,33 @@ def test_a_whole_run_writes_what_it_measured(tmp_path) -> None:
         "times as fast" in (tmp_path / "cpu.svg").read_text()
         or (tmp_path / "cpu.svg").stat().st_size > 10_000
     )
+
+
+def test_few_tokens_and_16_bits_are_measured_beside_one_token_and_fp32() -> None:
+    results = json.loads(json.dumps(cpu_few.run(SMALL, (8,), (4,), (8,), budget_s=0.0)))
+    columns = results["columns"]
+    assert [(c["work"], c["context"], c["tokens"]) for c in columns] == [
+        ("verify", 8, 2), ("verify", 8, 4), ("prompt", 0, 4), ("decode in BF16", 8, 1),
+    ]  # fmt: skip
+    beside = [set(c["sides"]) - {"ours", "peer"} for c in columns]
+    assert beside == [{"one token"}, {"one token"}, set(), {"ours in FP32"}]
+    for column in columns:
+        sides, ours = column["sides"], column["sides"]["ours"]
+        for name, times in column["times_as_long"].items():
+            assert times == pytest.approx(sides[name]["pass_ms"] / ours["pass_ms"], rel=1e-2)
+        assert ours["pass_ms"] == pytest.approx(ours["median_ms"] / column["passes"], rel=1e-2)
+        largest = cpu_few.FURTHEST if "BF16" in column["work"] else cpu.TOLERANCE
+        assert all(value <= largest for value in column["difference"].values())
+
+
+def test_a_16_bit_side_that_is_too_far_off_is_refused() -> None:
+    exact = torch.randn(1, 6, 9)
+    spoilt = exact.clone()
+    spoilt[:, :2] += 1.0  # two of six tokens may meet other experts
+    assert cpu_few.near(spoilt, exact, "logits") == 0
+    for wrong in (exact * 1.1, exact * float("nan")):
+        with pytest.raises(cpu.LogitsDiffer, match="logits: off by"):
+            cpu_few.near(wrong, exact, "logits")
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ plain      everywhere else, and under autocast   none: ``layers/`` as it is writ
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,11 @@ from ..layers.operations import Operations
 from ..layers.step import Step
 from ..linear import autocast_on
 from .chosen import Chosen
-from .cpu import DTYPES as CPU_DTYPES
 from .cpu import Cpu
-from .few_tokens import FewTokens
+from .engine import Engine, is_few_tokens
+from .few_tokens import FewLink, FewTokens
 from .survey import Snapshot, Survey
 from .triton import Triton
-
-MOST_TOKENS = 128  # of one call, for the few-token engine; beyond, starting operations costs little
 
 
 class Plain(Chosen):
@@ -100,34 +99,29 @@ class Choice:
         survey, kind = self.survey(model, mtp), machine(like).backend
         if kind not in self._backends:
             self._backends[kind] = kind(survey.touched, survey.aside)
+            if kind is Cpu:
+                self._backends[kind].link = self._link
         return self._backends[kind]
 
-    def few_tokens(
-        self, model: nn.Module, x: Float[Tensor, "B T D"], step: Step, config: ModelConfig
-    ) -> FewTokens | None:
-        """The engine for few tokens of one row, where it can take this call.
+    def few_tokens(self, x: Float[Tensor, "B T D"], step: Step) -> FewTokens | None:
+        """The engine for few tokens of one row, where it can take this call of the main model.
 
         Args:
-            model: as ``backend`` found it when the call began.
             x: the tokens' embeddings.
-            step: the facts of the call, its backend among them.
-            config: sizes.
+            step: the facts of the call, its backend among them, which ``backend`` chose when the call began.
         """
-        if not is_few_tokens(x, step) or self._refusal(step.backend, x) is not None:
+        if type(step.backend) is not Cpu or not is_few_tokens(x, step):
             return None
-        if self._engine is None or not self._main.unmoved():
-            self._engine = FewTokens(config, model.model, model.lm_head)
-            self._main = Snapshot(self._main.modules, self._parents)
-        return self._engine
+        return self._engines[None].take(x)
 
-    def why_not_few_tokens(self, model: nn.Module, like: Tensor) -> str | None:
-        """Why no call of this model can go through the few-token engine; ``None`` if those can that fit."""
-        return self._refusal(self.backend(model, like), like)
+    def few_token_engines(self, model: nn.Module) -> dict[nn.Module, Engine]:
+        """The few-token engines of the main model and of each MTP module."""
+        self.survey(model)
+        return {model if module is None else module: engine for module, engine in self._engines.items()}
 
-    def _refusal(self, backend: Operations, like: Tensor) -> str | None:
-        if type(backend) is not Cpu or like.dtype not in CPU_DTYPES:
-            return "it is made for FP32 and FP64 on a CPU"
-        return self._not_main
+    def _link(self, module: nn.Module, x: Tensor) -> FewLink | None:
+        engine = self._engines.get(module)
+        return None if engine is None else engine.take(x)
 
     def _look(self, model: nn.Module) -> None:
         decoder, survey = model.model, Survey(model)
@@ -137,11 +131,20 @@ class Choice:
         main = [m for b in blocks[:n_main] for m in b.modules()]
         main += [decoder, *(m for m in model.modules() if m not in own)]
         rest = [m for b in blocks[n_main:] for m in b.modules()]
-        self._parents = [model]
-        self._main, self._rest = Snapshot(main, self._parents), Snapshot(rest, [])
-        found = ((survey.names[m], survey.aside.get(m) or _other_setting(m, model.config)) for m in main)
-        self._not_main = next((f"{name}: {why}" for name, why in found if why), None)
-        self._survey, self._backends, self._engine = survey, {}, None
+        self._main, self._rest = Snapshot(main, [model]), Snapshot(rest, [])
+        config = model.config
+
+        def why_not(modules: list[nn.Module]) -> str | None:
+            found = ((survey.names[m], survey.aside.get(m) or _other_setting(m, config)) for m in modules)
+            return next((f"{name}: {why}" for name, why in found if why), None)
+
+        read = [m for m in main if not isinstance(m, nn.Embedding)]
+        make = partial(FewTokens, config, decoder, model.lm_head)
+        self._engines: dict[nn.Module | None, Engine] = {None: Engine(read, why_not(main), make)}
+        for module in blocks[n_main:]:
+            modules = list(module.modules())
+            self._engines[module] = Engine(modules, why_not(modules), partial(FewLink, config, module))
+        self._survey, self._backends = survey, {}
 
 
 def _other_setting(module: nn.Module, config: ModelConfig) -> str | None:
@@ -152,18 +155,6 @@ def _other_setting(module: nn.Module, config: ModelConfig) -> str | None:
     if own.get("eps", config.rms_norm_eps) != config.rms_norm_eps:
         return f"has eps {own['eps']}, the configuration {config.rms_norm_eps}"
     return None
-
-
-def is_few_tokens(x: Float[Tensor, "B T D"], step: Step) -> bool:
-    """Whether a call is what the few-token engine takes: inference, one row, few tokens, with a cache."""
-    return (
-        x.shape[0] == 1
-        and x.shape[1] <= MOST_TOKENS
-        and step.cache is not None
-        and step.cache.format == "model"
-        and step.lengths is None
-        and not torch.is_grad_enabled()
-    )
 
 
 def choose(like: Tensor) -> Operations:

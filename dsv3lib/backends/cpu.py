@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.experts import MLP, Experts, sort_by_expert
+from ..layers.experts import MLP, Experts, Routing, sort_by_expert
 from ..layers.norm import RMSNorm
 from ..layers.operations import Dispatched
 from ..layers.scaled_attention import causal_mask
+from ..layers.step import Step
 from .chosen import Chosen
 from .cpu_attention import MOST_TOKENS, causal_attention
 from .cpu_experts import experts_one_by_one
 from .cpu_norm import rms_norm
+from .engine import is_few_tokens
+from .few_tokens import FewLink
 
 DTYPES = (torch.float32, torch.float64)  # in 16 bits the plain operations, which widen inside, are as quick
 CACHED_VALUES = 2**18  # of an MLP's hidden layer at a time: 1 MiB in FP32
@@ -90,3 +93,14 @@ class Cpu(Chosen):
         return experts_one_by_one(
             sent.rows, sent.weights, experts.gate_up_proj, experts.down_proj, sent.visits, experts.down_recipe.later
         )
+
+    def link(self, module: nn.Module, x: Tensor) -> FewLink | None:
+        """The few-token engine that may stand for an MTP module; ``choice`` knows of those of its model."""
+        return None
+
+    def advance(
+        self, module: nn.Module, hidden: Tensor, embedding: Tensor, step: Step
+    ) -> tuple[Tensor, Routing | None] | None:
+        """A link of the MTP chain in NumPy, for few tokens of one row."""
+        link = self.link(module, hidden) if is_few_tokens(hidden, step) else None
+        return None if link is None else link.advance(hidden, embedding, step)

@@ -16,6 +16,8 @@ from ..layers.router import Router
 from ..linear import Linear
 from .choice import Machine, machine
 from .chosen import Chosen
+from .cpu import Cpu
+from .engine import MOST_TOKENS, Engine
 
 if TYPE_CHECKING:
     from .choice import Choice
@@ -100,10 +102,9 @@ def _lines(
 ) -> Iterator[tuple[str, str, str, nn.Module]]:
     """(operation, backend, why, module) one by one."""
     survey = choice.survey(model)
-    why_not = choice.why_not_few_tokens(model, like)
-    yield (
-        "few tokens of one row", "plain" if why_not else backend.name, why_not or "all layers at once, in NumPy", model
-    )  # fmt: skip
+    for module, engine in choice.few_token_engines(model).items():
+        operation = "few tokens of one row" if module is model else "MTP module over few tokens"
+        yield operation, *_few_tokens(engine, backend, like), module
     for module, name in survey.names.items():
         role = name.rpartition(".")[2]
         if role == "self_attn":
@@ -127,6 +128,16 @@ def _lines(
             name = "its own" if recipe is None else recipe.name
             why = survey.touched.get(module) or f"PyTorch's product, recipe {name}"
             yield "linear layer", "plain", why, module
+
+
+def _few_tokens(engine: Engine, backend: Chosen, like: Tensor) -> tuple[str, str]:
+    why_not = engine.why_not(like) if type(backend) is Cpu else "it is made for a CPU"
+    if why_not is not None:
+        return "plain", why_not
+    if engine.nbytes:
+        copies = f"copies of the weights in FP32, {engine.nbytes / 2**20:.1f} MiB"
+        return backend.name, f"any number, all layers at once, in NumPy, from {copies}"
+    return backend.name, f"up to {MOST_TOKENS}, all layers at once, in NumPy"
 
 
 def _attention(

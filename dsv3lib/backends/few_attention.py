@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .token_weights import Array
+from .weight_copies import Array
 
 # Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
 # them into another order first, which for a few heads takes longer than the product.

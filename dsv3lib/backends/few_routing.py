@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .token_weights import Array
+from .weight_copies import Array
 
 ONE_BY_ONE = 4  # tokens: for more, a dozen operations on arrays are quicker than Python
 

@@ -122,13 +122,12 @@ class Snapshot:
         self._hook_counts = [len(h) for h in self._hooks]
         self._everywhere = global_hooks()
         self._child = _Places((m._modules, name) for m in [*parents, *modules] for name in m._modules)
-        self.tensors = _Places(
+        self._tensors = _Places(
             (place, name) for m in modules for place in (m._parameters, m._buffers) for name in place
         )
         self._settings = _Places(
             (vars(m), name) for m in modules for name in (*recipe_attributes(m), "eps", "config") if name in vars(m)
         )
-        self._addresses = self._where()
 
     def unchanged(self) -> bool:
         """Whether all is as it was; in place, weights may have changed."""
@@ -137,19 +136,12 @@ class Snapshot:
             and list(map(len, self._attributes)) == self._counts
             and list(map(type, self.modules)) == self._types
             and self._child.same()
-            and self.tensors.same()
+            and self._tensors.same()
             and self._settings.same()
             and all(map(is_, (k.forward for k in FORWARDS), FORWARDS.values()))
             and [len(h) for h in self._hooks] == self._hook_counts
             and global_hooks() == self._everywhere
         )
-
-    def unmoved(self) -> bool:
-        """Whether every weight is where it was in memory."""
-        return self._where() == self._addresses
-
-    def _where(self) -> list[int]:
-        return [t.data_ptr() for t in self.tensors.values if t is not None]
 
 
 class _Places:

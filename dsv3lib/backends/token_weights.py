@@ -3,8 +3,9 @@
 A slice of a torch tensor costs 0.7 µs, of an array 0.1 µs. And weights that no cache holds are read at the
 memory's pace only from one end to the other: ``np.vecdot``, row after row, ran at 24 GB/s, where the
 matrix-vector products, which take several rows at once, ran at 11 in NumPy's BLAS and at 8 in torch's
-(measured on an AMD EPYC). ``choice`` makes the views anew when a
-weight is no longer where it was.
+(measured on an AMD EPYC). ``choice`` makes the views anew when a weight is no longer where it was.
+
+NumPy has no BF16, and a CPU's products in 16 bits are slow. Weights in 16 bits are copied to FP32 (``weight_copies``).
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.decoder import Decoder
 from ..layers.experts import MLP, MixtureOfExperts
+from ..layers.mtp import MTPModule
 from ..linear import Linear
+from .weight_copies import Array, WeightReader
 
-Array = np.ndarray
 ROW_BY_ROW = 4  # tokens: for more, a BLAS product reads the weights quickly enough
 
 
@@ -77,6 +78,7 @@ class MixtureWeights:
 class BlockWeights:
     """One block; ``q_a`` and ``q_norm`` are ``None`` in a model whose queries have no latent."""
 
+    layer: int  # of its latents in the cache
     norm_1: Array
     q_a: LinearWeights | None
     q_norm: Array | None
@@ -90,57 +92,77 @@ class BlockWeights:
     ffn: MLPWeights | MixtureWeights
 
 
-class TokenWeights:
-    """All weights that tokens meet behind their embedding, of modules that nobody touched.
+@dataclass(slots=True)
+class ModelWeights:
+    """All weights that tokens meet behind their embedding."""
 
-    Args:
-        config: sizes.
-        decoder: the model's.
-        head: its ``lm_head``.
-    """
+    blocks: list[BlockWeights]
+    norm: Array
+    head: Array
 
-    def __init__(self, config: ModelConfig, decoder: Decoder, head: Linear) -> None:
-        self._config = config
-        self.blocks = [self._block(block) for block in decoder.layers[: config.num_hidden_layers]]
-        self.norm = _array(decoder.norm.weight)
-        self.head = _array(head.weight)
+    @classmethod
+    def of(cls, config: ModelConfig, decoder: Decoder, head: Linear, read: WeightReader) -> ModelWeights:
+        """Of modules that nobody touched.
 
-    def _block(self, block: Block) -> BlockWeights:
-        cfg, attention = self._config, block.self_attn
-        direct = cfg.q_lora_rank is None
-        kv_b = _array(attention.kv_b_proj.weight).reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank)
-        return BlockWeights(
-            norm_1=_array(block.input_layernorm.weight),
-            q_a=None if direct else _linear(attention.q_a_proj),
-            q_norm=None if direct else _array(attention.q_a_layernorm.weight),
-            q=_array((attention.q_proj if direct else attention.q_b_proj).weight),
-            kv_a=_linear(attention.kv_a_proj_with_mqa),
-            kv_norm=_array(attention.kv_a_layernorm.weight),
-            w_uk=kv_b[:, : cfg.qk_nope_head_dim],
-            w_uv=kv_b[:, cfg.qk_nope_head_dim :],
-            o=_linear(attention.o_proj),
-            norm_2=_array(block.post_attention_layernorm.weight),
-            ffn=_mlp(block.mlp) if isinstance(block.mlp, MLP) else _mixture(block.mlp),
-        )
+        Args:
+            config: sizes.
+            decoder: the model's.
+            head: its ``lm_head``.
+            read: gives a weight as an array.
+        """
+        blocks = [_block(config, block, read) for block in decoder.layers[: config.num_hidden_layers]]
+        return cls(blocks, read(decoder.norm.weight), read(head.weight))
 
 
-def _mixture(moe: MixtureOfExperts) -> MixtureWeights:
-    return MixtureWeights(
-        gate=_array(moe.gate.weight),
-        bias=_array(moe.gate.e_score_correction_bias),
-        shared=_mlp(moe.shared_experts),
-        gate_up=list(_array(moe.experts.gate_up_proj)),
-        down=list(_array(moe.experts.down_proj)),
+@dataclass(slots=True)
+class ChainWeights:
+    """An MTP module's: both norms and M [D, 2D] before its block, and the norm behind it."""
+
+    enorm: Array
+    hnorm: Array
+    eh: Array
+    block: BlockWeights
+    norm: Array
+
+    @classmethod
+    def of(cls, config: ModelConfig, module: MTPModule, read: WeightReader) -> ChainWeights:
+        """Of a module that nobody touched; the arguments as for ``ModelWeights.of``."""
+        before = (read(m.weight) for m in (module.enorm, module.hnorm, module.eh_proj))
+        return cls(*before, _block(config, module, read), read(module.shared_head.norm.weight))
+
+
+def _block(config: ModelConfig, block: Block, read: WeightReader) -> BlockWeights:
+    attention, direct = block.self_attn, config.q_lora_rank is None
+    kv_b = read(attention.kv_b_proj.weight).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+    return BlockWeights(
+        layer=attention.layer,
+        norm_1=read(block.input_layernorm.weight),
+        q_a=None if direct else _linear(attention.q_a_proj, read),
+        q_norm=None if direct else read(attention.q_a_layernorm.weight),
+        q=read((attention.q_proj if direct else attention.q_b_proj).weight),
+        kv_a=_linear(attention.kv_a_proj_with_mqa, read),
+        kv_norm=read(attention.kv_a_layernorm.weight),
+        w_uk=kv_b[:, : config.qk_nope_head_dim],
+        w_uv=kv_b[:, config.qk_nope_head_dim :],
+        o=_linear(attention.o_proj, read),
+        norm_2=read(block.post_attention_layernorm.weight),
+        ffn=_mlp(block.mlp, read) if isinstance(block.mlp, MLP) else _mixture(block.mlp, read),
     )
 
 
-def _mlp(mlp: MLP) -> MLPWeights:
-    return MLPWeights(*(_array(m.weight) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+def _mixture(moe: MixtureOfExperts, read: WeightReader) -> MixtureWeights:
+    return MixtureWeights(
+        gate=read(moe.gate.weight),
+        bias=read(moe.gate.e_score_correction_bias),
+        shared=_mlp(moe.shared_experts, read),
+        gate_up=list(read(moe.experts.gate_up_proj)),
+        down=list(read(moe.experts.down_proj)),
+    )
 
 
-def _linear(module: Linear) -> LinearWeights:
-    return LinearWeights(_array(module.weight), None if module.bias is None else _array(module.bias))
+def _mlp(mlp: MLP, read: WeightReader) -> MLPWeights:
+    return MLPWeights(*(read(m.weight) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
 
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().numpy()
+def _linear(module: Linear, read: WeightReader) -> LinearWeights:
+    return LinearWeights(read(module.weight), None if module.bias is None else read(module.bias))

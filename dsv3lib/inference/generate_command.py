@@ -35,7 +35,6 @@ RUNS = "runs"  # where ``dsv3 train`` puts its runs
 DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 200, 0.7, 0.95
 _TOKENIZER = "tokenizer.json"
 _KEPT_CONTROLS = "\n\t"
-_WIDENED = 2 * 2**30  # bytes of stored weights, up to which a CPU takes them as FP32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     folder = find_checkpoint(args.checkpoint)
     tokenizer = read_tokenizer(folder)
     try:
-        model = DeepSeekV3.from_pretrained(folder, device=str(generator.device), dtype=_dtype(generator, folder))
+        model = DeepSeekV3.from_pretrained(folder, device=str(generator.device))
     except CheckpointError as error:
         raise (damaged(folder, error) if is_save_point(folder) else error) from error
     ids = encode_prompt(tokenizer, args.prompt, model.config).to(generator.device)
@@ -110,12 +109,6 @@ def run(args: argparse.Namespace) -> int:
     count, seconds = _write(args.prompt, pieces, TextStream(tokenizer))
     _conclude(count, seconds, statistics)
     return 0
-
-
-def _dtype(generator: torch.Generator, folder: Path) -> torch.dtype | None:
-    """FP32 on a CPU, whose form for a single token takes no 16 bits; as stored where that would be too large."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return torch.float32 if generator.device.type == "cpu" and size < _WIDENED else None
 
 
 def _stream(model: DeepSeekV3, ids: torch.Tensor, settings: dict) -> Iterator[list[int]]:

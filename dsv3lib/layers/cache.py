@@ -188,22 +188,28 @@ class LatentCache:
         return buffer[:, :end]
 
     def append_rows(
-        self, layer: int, new: int, like: Float[Tensor, "1 1 latent"]
+        self, layer: int, latents: Float[np.ndarray, "T latent"], dtype: torch.dtype
     ) -> Float[np.ndarray, "S latent"]:
-        """A single sequence's tokens in this layer as an array, with room for ``new`` more in the last rows.
-
-        The caller writes those rows; ``advance`` ends the step.
+        """``append`` for a single sequence whose latents are an array.
 
         Args:
             layer: index of the block.
-            new: tokens of this call.
-            like: a tensor of the dtype to keep.
+            latents: of the new tokens, in FP32 or FP64.
+            dtype: to keep.
+
+        Returns:
+            All of the sequence's latents, in the dtype of ``latents``: the buffer itself, or of 16 bits a copy.
         """
-        end = self._length + new
+        rows, start, end = torch.from_numpy(latents), self._length, self._length + len(latents)
         buffer = self._buffers[layer]
-        if buffer is None or buffer.shape[1] < end or buffer.dtype != like.dtype:
-            buffer = self._grow(layer, like, end)
-        return buffer.numpy()[0, :end]
+        if buffer is None or buffer.shape[1] < end or buffer.dtype != dtype:
+            buffer = self._grow(layer, rows[None].to(dtype), end)
+        if rows.dtype != dtype:
+            buffer[0, start:end] = rows
+            return buffer[0, :end].to(rows.dtype).numpy()
+        past = buffer.numpy()[0, :end]
+        past[start:] = latents
+        return past
 
     def pages(self, layer: int) -> tuple[Float[Tensor, "pages page latent"], Int[Tensor, "B per_row"]]:
         """A layer's buffer as a paged kernel reads it: pages (see ``plan``), and which are whose, without a copy.

@@ -60,6 +60,9 @@ class MTPModule(Block):
         Returns:
             h^k, normalised: the output head's input and the next module's ``hidden``; and the routing.
         """
+        whole = step.backend.advance(self, hidden, embedding, step)
+        if whole is not None:
+            return whole
         x, routing = self(self.enter(hidden, embedding, step), step)
         return self.leave(x, step), routing
 

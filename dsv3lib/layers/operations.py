@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..intact import why_touched
 from ..linear import Linear
 from .cache import LatentCache, LatentCodec
-from .experts import Experts, Visits, combine, dispatch, sort_by_expert
+from .experts import Experts, Routing, Visits, combine, dispatch, sort_by_expert
 from .rope import apply_rope
 from .scaled_attention import scaled_attention
 
@@ -164,6 +164,14 @@ class Operations:
         if sent.visits is None or not sent.gathered:
             return answers
         return combine(answers, sent.weights.to(answers.dtype), sent.visits)
+
+    # ---- whole modules -------------------------------------------------------------------------------
+
+    def advance(
+        self, module: nn.Module, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"], step: Any
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None] | None:
+        """What ``MTPModule.advance`` gives, where the backend has a form for the whole module; else ``None``."""
+        return None
 
 
 PLAIN_OPERATIONS = Operations()

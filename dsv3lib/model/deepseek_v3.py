@@ -163,7 +163,7 @@ class DeepSeekV3(nn.Module):
 
     def _main(self, embeddings: Tensor, step: Step) -> tuple[Tensor, Tensor, list[Routing]]:
         """The main model: the head's input, its logits, and how each mixture routed."""
-        engine = self.choice.few_tokens(self, embeddings, step, self.config)
+        engine = self.choice.few_tokens(embeddings, step)
         if engine is not None:
             logits, hidden, routings = engine.forward(embeddings, step)
         else:

@@ -1,5 +1,6 @@
 """The latent cache: whatever way tokens came in, the answer is that of the whole sequence at once."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -346,3 +347,24 @@ def test_a_short_row_may_go_on_while_a_long_one_is_full() -> None:
 def test_an_mtp_cache_has_room_for_the_modules() -> None:
     config = small(num_nextn_predict_layers=2)
     assert LatentCache(config).n_layers == 2 and LatentCache(config, mtp=True).n_layers == 4
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), data=st.data())
+def test_rows_of_an_array_are_kept_as_a_tensor_s(sizes: list[int], data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    of_array = np.float64 if dtype == torch.float64 else np.float32
+    config = small()
+    caches = [LatentCache(config, capacity=2) for _ in range(2)]
+    for n_new in sizes:
+        rows = np.random.default_rng(n_new).standard_normal((n_new, config.latent_dim)).astype(of_array)
+        for cache in caches:
+            cache.plan(1, n_new)
+        expected = caches[0].append(1, torch.from_numpy(rows)[None].to(dtype))
+        found = caches[1].append_rows(1, rows, dtype)
+        assert found.dtype == of_array and caches[1]._buffers[1].dtype == dtype
+        assert torch.equal(torch.from_numpy(found), expected[0].to(torch.from_numpy(rows).dtype))
+        kept = data.draw(st.integers(0, len(caches[0]) + n_new))
+        for cache in caches:
+            cache.advance(n_new)
+            cache.crop(kept)
+    assert torch.equal(caches[0]._buffers[1][:, : len(caches[0])], caches[1]._buffers[1][:, : len(caches[0])])
