@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import openmp as openmp  # before torch: what it sets in the environment is read when that is loaded
+
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .layers.cache import LatentCache

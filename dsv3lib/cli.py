@@ -71,9 +71,6 @@ def _run(name: str, command: Command, rest: Sequence[str], debug: bool) -> int:
     parser = argparse.ArgumentParser(prog=f"dsv3 {name}", description=f"{command.help.capitalize()}.")
     parser.add_argument("--debug", action="store_true", default=debug, help="show the traceback of an error")
     debug = debug or "--debug" in rest  # known before parsing, for errors that come before it
-    # Read when torch loads its threads: they sleep while they wait for one another. By default they spin, and on
-    # a machine that is doing something else besides, two threads were seen to take ten times as long as one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         module = importlib.import_module(command.module)
         module.add_arguments(parser)

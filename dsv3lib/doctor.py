@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from . import openmp
 from .terminal import plain_console
 
 Status = Literal["ok", "limited", "missing"]
@@ -85,6 +86,14 @@ def check_torch() -> Finding:
     except Exception as error:  # a broken installation raises OSError, RuntimeError and others
         return Finding("torch", "missing", _in_words(error), without, essential=True)
     return Finding("torch", "ok", value, without, essential=True)
+
+
+def check_threads(in_force: str = openmp.IN_FORCE) -> Finding:
+    """Says how OpenMP's threads wait for one another: those that spin are slow beside busy programs."""
+    name, value = openmp.POLICY
+    without = f"everything, slowly while other programs keep the processor busy; {name}={value} mends it"
+    found = "they spin: torch was loaded before dsv3lib" if in_force == openmp.LATE else in_force
+    return Finding("threads", "limited" if openmp.spins(in_force) else "ok", found, without)
 
 
 def check_triton(system: str = sys.platform) -> Finding:
@@ -197,6 +206,7 @@ def examine(folder: Path | None = None) -> list[Finding]:
     checks: Iterable[Callable[[], Finding]] = (
         check_python,
         check_torch,
+        check_threads,
         check_triton,
         check_gpu,
         check_backend,

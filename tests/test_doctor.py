@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dsv3lib import DeepSeekV3, ModelConfig, doctor
 
-PARTS = ["Python", "torch", "triton", "GPU", "backend", "memory", "free disk", "JupyterLab", "browser"]
+PARTS = ["Python", "torch", "threads", "triton", "GPU", "backend", "memory", "free disk", "JupyterLab", "browser"]
 
 
 def test_every_part_has_a_status_a_value_and_a_way_on():

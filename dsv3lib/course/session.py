@@ -11,6 +11,7 @@ import numpy
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 
+from dsv3lib import openmp
 from dsv3lib.course import card, folding
 from dsv3lib.course.syllabus import lesson
 from dsv3lib.devices import find_device
@@ -39,6 +40,7 @@ class Session:
 def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
     """Seed everything, choose the device, say what this machine is, and draw where in the model the lesson is.
 
+    Where torch was loaded before dsv3lib, its threads are brought to wait asleep (``dsv3lib.openmp``).
     From here on, a cell that answers a question which nobody has answered yet folds what it shows
     (``dsv3lib.course.folding``).
 
@@ -67,7 +69,8 @@ def setup(seed: int, notebook: str = "", device: str = "auto") -> Session:
     style.use()
     _use_inline_png()
     print(f"{title} · seed {seed}")
-    card.measured(f"This machine: {describe_machine(chosen)}")
+    waiting = openmp.settle(torch.get_num_threads())
+    card.measured([f"This machine: {describe_machine(chosen)}", waiting])
     if row is not None:
         style.show(*layer_map(row.lit))
     folding.watch(_shell())
