@@ -139,7 +139,7 @@ def _drafter(name: str, folder: Path, generator: torch.Generator) -> DeepSeekV3 
     small = find_checkpoint(name)
     if read_tokenizer(small).to_str() != read_tokenizer(folder).to_str():
         raise InputError(f"--drafter: the tokenizer of {small} is not that of {folder}; a draft model must share it")
-    return DeepSeekV3.from_pretrained(small, device=str(generator.device), dtype=_dtype(generator, small))
+    return DeepSeekV3.from_pretrained(small, device=str(generator.device))
 
 
 # ---- what is read ----------------------------------------------------------------------------------------
