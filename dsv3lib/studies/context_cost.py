@@ -7,7 +7,8 @@ every token with all before it: quadratic. What is counted holds anywhere; what 
 
 The log holds one line for each measurement. Decode is timed in the absorbed form up to 131,072 cached tokens (302 MB in
 FP32); the expanded form would make 21 GB of keys and values there, so that it ends sooner. Prefill is timed as far as
-patience reaches and counted to the end. Run it on a machine that does nothing else: ``load`` tells what else ran.
+patience reaches and counted to the end. ``load`` is the machine's load average before;
+to measure anew, remove the file first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -60,11 +62,13 @@ def counted(config: ModelConfig, phase: Phase, form: Literal["expanded", "absorb
 
 
 def timed(
-    config: ModelConfig, phase: Phase, form: str, context: int, repeats: int = 3, device: str = "cpu"
-) -> float:
-    """Seconds of the same, the best of a few runs.
+    config: ModelConfig, phase: Phase, form: str, context: int, repeats: int, device: str = "cpu"
+) -> dict[str, float]:
+    """"seconds" and "processor_seconds" of the same, each the best of a few runs.
 
-    The layer's input is made narrow, which saves memory; what is timed starts behind the queries' projection.
+    The layer's input is made narrow, which saves memory; what is timed starts behind the queries' projection. With one
+    thread on a CPU both are the same on a machine that does nothing else, and the second is hardly moved by what else
+    runs there.
 
     Args:
         config: of one layer. phase, form, context: as in ``counted``. repeats: runs. device: where it is computed.
@@ -76,10 +80,18 @@ def timed(
     new = 1 if phase == "decode" else context
     q = torch.randn(1, config.num_attention_heads, new, config.qk_head_dim, generator=generator).to(where)
     latents = torch.randn(1, context, config.latent_dim, generator=generator).to(where)
-    return milliseconds(partial(getattr(layer, form), q, latents), where, repeats) / 1000
+    spent: list[float] = []
+
+    def attend() -> None:
+        start = time.process_time()
+        getattr(layer, form)(q, latents)
+        spent.append(time.process_time() - start)
+
+    wall = milliseconds(attend, where, repeats) / 1000
+    return {"seconds": round(wall, 5), "processor_seconds": round(min(spent), 5)}
 
 
-def run(phase: Phase, form: Literal["expanded", "absorbed"], context: int) -> dict[str, Any]:
+def run(phase: Phase, form: Literal["expanded", "absorbed"], context: int, repeats: int = 3) -> dict[str, Any]:
     """Count one setting, and time it where it is within reach."""
     config = one_layer()
     found: dict[str, Any] = {
@@ -89,9 +101,8 @@ def run(phase: Phase, form: Literal["expanded", "absorbed"], context: int) -> di
         "seconds": None,
     }
     if context <= LONGEST_TIMED.get((phase, form), 0):
-        before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        found["seconds"] = round(timed(config, phase, form, context), 5)
-        found["load"] = None if before is None else round(before, 2)
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        found |= timed(config, phase, form, context, repeats) | {"load": load}
         found |= {"threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
     return found
 
@@ -108,11 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the log")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--threads", type=int, default=None, help="of torch; its own choice when left out")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement; the best counts")
     asked = parser.parse_args(argv)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     settings = [{"phase": p, "form": f, "context": n} for p, f in LONGEST_TIMED for n in asked.contexts]
-    record("context_cost", settings, run, asked.out)
+    record("context_cost", settings, partial(run, repeats=asked.repeats), asked.out)
 
 
 if __name__ == "__main__":

@@ -63,3 +63,4 @@ def test_what_is_out_of_reach_is_counted_and_not_timed(tmp_path, monkeypatch) ->
     timed = {key for key, r in rows.items() if r["seconds"] is not None}
     assert timed == {("decode", 8), ("decode", 16), ("prefill", 8)}
     assert all(rows[key]["threads"] == torch.get_num_threads() for key in timed)
+    assert all(rows[key]["processor_seconds"] > 0 for key in timed)

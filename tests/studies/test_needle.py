@@ -156,11 +156,12 @@ def test_the_study_s_methods_begin_with_the_same_weights_and_differ_in_frequenci
         assert not torch.allclose(said[name], said["none"], atol=1e-5)
 
 
-def test_each_mistake_is_the_one_that_its_name_says() -> None:
+@pytest.mark.parametrize("stretch", [8.0, 40.0])
+def test_each_mistake_is_the_one_that_its_name_says(stretch: float) -> None:
     """Frequencies, the factor on cos and sin, and the softmax scale, against YaRN's own."""
-    yarn = extended_config(needle_study.base_config(), "yarn", 128, 1024, 8.0)
-    once = 0.1 * math.log(8.0) + 1
-    plain, slow = yarn.qk_head_dim**-0.5, yarn.replace(rope_scaling=LinearScaling(8.0))
+    yarn = extended_config(needle_study.base_config(), "yarn", 128, 1024, stretch)
+    once = 0.1 * math.log(stretch) + 1
+    plain, slow = yarn.qk_head_dim**-0.5, yarn.replace(rope_scaling=LinearScaling(stretch))
     expected = {
         "not_squared": (yarn, 1.0, once * plain),
         "no_temperature": (yarn, 1.0, plain),
