@@ -13,9 +13,12 @@ from dsv3lib.pipeline import schedule
 from dsv3lib.pipeline.runtime.chunk import MicroBatch
 from dsv3lib.pipeline.runtime.engine import Engine, groups_of
 from dsv3lib.pipeline.runtime.layout import Layout
+from dsv3lib.pipeline.runtime.links import in_threads
 from dsv3lib.training.loop.balance import update_bias
 
 LENGTH, STEPS, CLIP, RATE, SPEED = 8, 2, 0.5, 1e-3, 0.01
+NO_CLIP = 1e9
+"""A norm that no gradient has; the norm is told all the same."""
 
 
 def config():
@@ -47,8 +50,8 @@ def by_route(batches, routes):
 
 
 def train(links_of, case, tell=lambda doing: None):
-    """Several optimiser steps of one case: (schedule, pp, dp, micro-batches, recompute, recipe)."""
-    name, pp, dp, count, recompute, recipe = case
+    """Several optimiser steps of one case: (schedule, pp, dp, micro-batches, recompute, recipe, clipping)."""
+    name, pp, dp, count, recompute, recipe, clipping = case
     plan, layout, model = schedule(name, pp, count), Layout(pp, dp), fresh(recompute, recipe)
     links = links_of(groups_of(model, plan, layout, LENGTH))
     engine = Engine(model, plan, layout, links, LENGTH, tell)
@@ -62,7 +65,7 @@ def train(links_of, case, tell=lambda doing: None):
     for step in range(STEPS):
         mine = data(step, count * dp)[engine.replica * count :][:count]
         result = engine.step(by_route(mine, plan.routes))
-        norm = engine.clip(CLIP)
+        norm = engine.clip(CLIP if clipping else NO_CLIP)
         optimizer.step()
         for layer, router in routers.items():
             update_bias(router, result.loads[layer], SPEED)
@@ -80,9 +83,16 @@ def all_cases(rank, cases):
     return [train(rank.links, case, rank.tell) for case in cases]
 
 
+def references(_, world, cases):
+    """The ranks of every case as threads of one process, and the whole model."""
+    return [
+        (in_threads(world, lambda links, case=case: train(lambda _: links, case)), plain(case)) for case in cases
+    ]
+
+
 def plain(case):
     """The whole model in one piece on the same micro-batches."""
-    _, _, dp, count, recompute, recipe = case
+    _, _, dp, count, recompute, recipe, clipping = case
     model = fresh(recompute, recipe)
     # The stages run plain PyTorch. The fast CPU forms add up in another order: now and then the last bit differs.
     model.choice.backend = lambda *_, **__: PLAIN_OPERATIONS
@@ -96,7 +106,7 @@ def plain(case):
             loss = out.loss * (1.0 / (count * dp))
             loss.backward()
             total, load = total + loss.item(), load + out.expert_load
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP if clipping else NO_CLIP).item()
         optimizer.step()
         for router, of_router in zip(model.routers(), load, strict=True):
             update_bias(router, of_router, SPEED)
@@ -119,4 +129,4 @@ def fault(rank, kind, who, moment, begun):
             raise ValueError("made on purpose")
 
     while True:
-        train(rank.links, ("dualpipe", 2, 1, 4, False, "none"), tell)
+        train(rank.links, ("dualpipe", 2, 1, 4, False, "none", True), tell)

@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..model import DeepSeekV3
 from ..model.costs import forward_flops
 from ..numerics import TILE
+from .cut import least_largest
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,8 @@ def partition(layers: tuple[Layer, ...], stages: int) -> list[tuple[Layer, ...]]
     require_integer("stages", stages, 1)
     working = sum(layer.flops > 0 for layer in layers)
     require(stages <= working, "stages", stages, f"at most the {working} layers that compute")
-    low, high = max(layer.flops for layer in layers), sum(layer.flops for layer in layers)
-    for _ in range(60):  # bisect the load that the slowest stage may have
-        middle = (low + high) / 2
-        low, high = (low, middle) if len(_fill(layers, middle)) <= stages else (middle, high)
-    cut = _fill(layers, high)
+    most = least_largest([layer.flops for layer in layers], stages)
+    cut = _fill(layers, most)
     while len(cut) < stages:  # greedy filling may leave stages over: halve the longest
         longest = max(range(len(cut)), key=lambda i: sum(layer.flops > 0 for layer in cut[i]))
         half = len(cut[longest]) // 2 or 1

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from dsv3lib.cli import main
 from dsv3lib.errors import ConfigError, ScheduleError
 from dsv3lib.pipeline import SCHEDULES, schedule, simulate
+from dsv3lib.pipeline.runtime.engine import Engine
+from dsv3lib.pipeline.runtime.layout import Layout
+from dsv3lib.pipeline.runtime.links import in_threads
+from dsv3lib.pipeline.runtime.measure import piece_seconds
 from dsv3lib.pipeline.runtime.room import PROCESS_BYTES, VARIABLE, free_bytes, processes_here, require_room
 from dsv3lib.pipeline.runtime.timeline import costs_of, idle_shares, simulate_at, timeline
-from dsv3lib.pipeline.runtime.trial import rehearse, trial, whole
+from dsv3lib.pipeline.runtime.trial import micro_batches, rehearse, small_model, trial, whole
 from dsv3lib.viz.pipeline_trace import traces
 
 sizes = st.tuples(st.sampled_from([*SCHEDULES]), st.sampled_from([2, 4]), st.integers(0, 2))
@@ -105,11 +109,39 @@ def test_the_command_runs_two_processes_and_writes_what_they_did(tmp_path, capsy
     words = ["pipeline", "run", "dualpipe", "--stages", "2", "--microbatches", "4", "--steps", "2"]
     assert main([*words, "--save", str(drawing), "--trace", str(trace)]) == 0
     shown = capsys.readouterr().out
+    assert "head, loss and MTP" in shown and "block 2 (experts)" in shown
     assert "in the schedule's order on every rank" in shown and "differ by at most 0" in shown
     assert "<svg" in drawing.read_text()
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
     assert main([*words, "--save", "run.png"]) == 2 and "ends in .svg" in capsys.readouterr().err
+
+
+def test_a_piece_s_measure_leaves_the_model_as_it_was():
+    model = small_model(1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recipe, grad = model.recipe, torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = grad
+    block, end = piece_seconds(model, micro_batches(1)[0], repeats=1)
+    assert block.name == "embedding and block 0 (dense)" and end.name == "head, loss and MTP"
+    assert min(*block[1:], *end[1:]) > 0 and end.total > block.total  # the end holds a block and more
+    assert model.lm_head.weight.grad is grad and model.model.norm.weight.grad is None
+    assert model.lm_head.recipe.later is None and model.recipe is recipe
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_another_cut_gives_the_same_step_and_ranks_that_cut_otherwise_are_refused():
+    costs = [9.0, 1, 1, 1]
+    wanted, found = rehearse("dualpipe", 2, 4, steps=1), rehearse("dualpipe", 2, 4, steps=1, costs=costs)
+    held = [{name.split(".")[2] for name in one.weights[0] if ".layers." in name} for one in (wanted, found)]
+    assert held[0] and abs(found.losses[0] - wanted.losses[0]) < 1e-12 and found.drift == 0
+    plan, layout = schedule("1f1b", 2, 4), Layout(2)
+
+    def other(links):
+        Engine(small_model(2), plan, layout, links, costs=costs if links.rank else None)
+
+    with pytest.raises(ConfigError, match="another cut"):
+        in_threads(2, other)
 
 
 def test_processes_and_threads_give_the_same_bits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -15,9 +16,11 @@ from ...errors import ConfigError, SaveError
 from ...files import write_whole
 from ...terminal import plain_console
 from ..schedules import SCHEDULES, schedule
+from .layout import Part, parts_of_ranks
+from .measure import PieceSeconds, piece_seconds
 from .timeline import idle_shares
 from .trace import write_chrome_trace
-from .trial import Trial, trial
+from .trial import LENGTH, Trial, micro_batches, small_model, trial
 
 EXPLANATION = """\
 Wall clock: as it ran, with all processes on this machine's cores. Simulated: each action at the processor time that \
@@ -30,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, default=4, help="pipeline ranks, a process each (default 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="in a step, of all directions (default 8)")
     parser.add_argument("--steps", type=int, default=3, help="of the optimiser; the last is shown (default 3)")
+    parser.add_argument(
+        "--cut", choices=("measured", "operations"), default="measured",
+        help="into stages of equal processor time, measured first (default), or of equally many operations",
+    )  # fmt: skip
     parser.add_argument("--save", type=Path, metavar="FILE.svg", help="draw run and simulation into a file")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write a Chrome trace, for Perfetto")
 
@@ -44,15 +51,40 @@ def run(arguments: argparse.Namespace) -> int:
         if path is not None and path.suffix.lower() != suffix:
             raise SaveError(f"{path}: expected a name that ends in {suffix}")
     sizes = (arguments.name, arguments.stages, arguments.microbatches)
-    total = arguments.steps * sum(map(len, schedule(*sizes).actions))
-    with tqdm(unit="action", desc=arguments.name, total=total, dynamic_ncols=True) as shown:
-        done = trial(*sizes, arguments.steps, on_action=shown.update)
+    plan, costs, model = schedule(*sizes), None, small_model(arguments.stages)
+    if arguments.cut == "measured":
+        found = piece_seconds(model, micro_batches(1)[0])
+        costs = [piece.total for piece in found]
+        _report_pieces(found, parts_of_ranks(model.config, plan, LENGTH, costs))
+    total = arguments.steps * sum(map(len, plan.actions))
+    with tqdm(unit="action", desc=arguments.name, total=total, dynamic_ncols=True, disable=None) as shown:
+        done = trial(*sizes, arguments.steps, shown.update, costs)
     report(done)
     if arguments.save:
         _save(done, arguments.save)
     if arguments.trace:
         write_chrome_trace(arguments.trace, done.spans)
     return 0
+
+
+def _report_pieces(found: Sequence[PieceSeconds], parts: Sequence[dict[int, Part]]) -> None:
+    """What each piece of the model takes, and which rank holds it."""
+    console = plain_console(soft_wrap=False)
+    facts = Table(box=box.SIMPLE, pad_edge=False)
+    facts.add_column("piece")
+    for heading in ("F ms", "I ms", "W ms", "on ranks"):
+        facts.add_column(heading, justify="right")
+    for number, piece in enumerate(found):
+        last = number == len(found) - 1
+        ranks = (
+            rank
+            for rank, chunks in enumerate(parts)
+            for part in chunks.values()
+            if (part.last if last else number in part.blocks)
+        )
+        times = (f"{1000 * seconds:.1f}" for seconds in (piece.forward, piece.inputs, piece.weights))
+        facts.add_row(piece.name, *times, " and ".join(map(str, sorted(ranks))))
+    console.print(facts)
 
 
 def report(done: Trial) -> None:

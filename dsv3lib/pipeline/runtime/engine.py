@@ -56,15 +56,17 @@ class StepResult:
     cpu: list[float] = field(default_factory=list)
 
 
-def groups_of(model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int) -> list[tuple[int, ...]]:
+def groups_of(
+    model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int, costs: Sequence[float | int] | None = None
+) -> list[tuple[int, ...]]:
     """All sets of ranks that hold the same parameters, for ``GlooLinks``."""
-    return sorted(set(_holders(model, schedule, layout, sequence).values()))
+    return sorted(set(_holders(model, schedule, layout, sequence, costs).values()))
 
 
 def _holders(
-    model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int
+    model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int, costs: Sequence[float | int] | None
 ) -> dict[str, tuple[int, ...]]:
-    parts = parts_of_ranks(model.config, schedule, sequence)
+    parts = parts_of_ranks(model.config, schedule, sequence, costs)
     return {
         name: tuple(
             replica * layout.pp + stage
@@ -86,6 +88,7 @@ class Engine:
         links: to the others.
         sequence: tokens of a sequence, for the cut.
         tell: is called with each action before it begins (for whoever watches the processes).
+        costs: of each piece of the model, for the cut, the same on every rank; by default its operations.
 
     Attributes:
         parameters: this rank's own, under the whole model's names.
@@ -103,6 +106,7 @@ class Engine:
         links: Links,
         sequence: int = 4096,
         tell: Callable[[str], None] = lambda action: None,
+        costs: Sequence[float | int] | None = None,
     ) -> None:
         layout.refuse_world(links.world)
         if schedule.stages != layout.pp:
@@ -112,8 +116,8 @@ class Engine:
         self.stage = links.rank % layout.pp
         self.replica = links.rank // layout.pp
         self.graph = Dependencies.of(schedule)
-        self.parts = parts_of_ranks(model.config, schedule, sequence)[self.stage]
-        self.holders = _holders(model, schedule, layout, sequence)
+        self.parts = parts_of_ranks(model.config, schedule, sequence, costs)[self.stage]
+        self.holders = _holders(model, schedule, layout, sequence, costs)
         self._refuse_other_models()
         self.deferred = DeferredWeightGradients(model.recipe)
         set_recipe(model, self.deferred)  # before the cut: recipes are chosen by the whole model's names
@@ -125,9 +129,10 @@ class Engine:
     def _refuse_other_models(self) -> None:
         """Ranks with other configurations, weights or schedules would train something that nobody asked for."""
         weights = sum(p.detach().double().abs().sum().item() for p in self.model.parameters())
-        mine = (self.model.config.to_dict(), self.schedule.rows(), weights)
+        mine = (self.model.config.to_dict(), self.schedule.rows(), self.holders, weights)
         for rank, other in enumerate(self.links.gather_objects(mine)):
-            for what, here, there in zip(("configuration", "schedule", "weights"), mine, other, strict=True):
+            names = ("configuration", "schedule", "cut", "weights")
+            for what, here, there in zip(names, mine, other, strict=True):
                 if here != there:
                     raise ConfigError(
                         f"rank {rank} has another {what} than rank {self.links.rank}; start all ranks with the "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...checks import require, require_integer
 from ...config import ModelConfig
 from ...errors import ConfigError
 from ..actions import Schedule
-from ..stages import Layer, layers_of, partition
+from ..cut import borders
+from ..stages import layers_of
 
 
 @dataclass(frozen=True)
@@ -88,45 +90,49 @@ class Part:
         return self.last
 
 
-def cut(config: ModelConfig, stages: int, sequence: int = 4096) -> tuple[Part, ...]:
-    """Cut the model so that the slowest stage computes as little as can be.
+def piece_flops(config: ModelConfig, sequence: int = 4096) -> list[float]:
+    """Forward operations of the pieces between which a model can be cut.
 
-    The embedding stays before the first block; head and MTP chain are one piece, the end of the last stage.
+    The first piece is the embedding with block 0, the last one head, loss and MTP chain.
+
+    Args:
+        config: sizes. sequence: tokens of a sequence, for the cost of attention.
+    """
+    layers = layers_of(config, sequence)
+    blocks = [layer.flops for layer in layers if layer.name.startswith("block")]
+    ends = (layer.flops for layer in layers if not layer.name.startswith(("block", "embedding")))
+    return [*blocks, sum(ends)]
+
+
+def parts_of_ranks(
+    config: ModelConfig, schedule: Schedule, sequence: int = 4096, costs: Sequence[float | int] | None = None
+) -> list[dict[int, Part]]:
+    """For each pipeline rank its chunks, cut so that the slowest rank computes as little as can be.
+
+    Where a rank holds two stages that mirror one another (both directions of DualPipe, the two arms of a V), embedding
+    and head lie on one rank and count together; for two directions both copies are cut alike.
 
     Args:
         config: sizes.
-        stages: how many (chunks of all ranks of one direction).
+        schedule: its routes say where the stages lie.
         sequence: tokens of a sequence, for the cost of attention.
+        costs: of each piece, in any unit, such as ``measure.layer_seconds`` finds; by default ``piece_flops``.
 
     Raises:
-        ConfigError: more stages than pieces that compute.
+        ConfigError: the model has too few layers for the schedule's places, or there is no cost for each piece.
     """
-    blocks, ends = [], []
-    for layer in layers_of(config, sequence):
-        (blocks if layer.name.startswith("block") or layer.name == "embedding" else ends).append(layer)
-    end = Layer("end", flops=sum(layer.flops for layer in ends))
-    pieces = partition((*blocks, end), stages)
-    return tuple(
-        Part(
-            tuple(int(layer.name.split()[1]) for layer in piece if layer.name.startswith("block")),
-            first=number == 0,
-            last=number == len(pieces) - 1,
-        )
-        for number, piece in enumerate(pieces)
-    )
-
-
-def parts_of_ranks(config: ModelConfig, schedule: Schedule, sequence: int = 4096) -> list[dict[int, Part]]:
-    """For each pipeline rank its chunks; for two directions both copies.
-
-    Args:
-        config: sizes. schedule: its routes say where the stages lie. sequence: as for ``cut``.
-
-    Raises:
-        ConfigError: the model has too few layers for the schedule's places.
-    """
+    pieces = config.num_hidden_layers + 1
+    costs = piece_flops(config, sequence) if costs is None else costs
+    require(len(costs) == pieces, "costs", len(costs), f"{pieces}: one a block, and one for head and MTP chain")
     found: list[dict[int, Part]] = [{} for _ in range(schedule.stages)]
+    held = {place: depth for route in schedule.routes for depth, place in enumerate(route.places)}
     for route in schedule.routes:
-        for (rank, chunk), part in zip(route.places, cut(config, len(route.places), sequence), strict=True):
-            found[rank][chunk] = part
+        stages = len(route.places)
+        mirrored = stages > 1 and all(
+            held.get((rank, 1 - chunk)) == stages - 1 - depth for depth, (rank, chunk) in enumerate(route.places)
+        )
+        cut = borders(costs, stages, mirrored)
+        for depth, (rank, chunk) in enumerate(route.places):
+            blocks = tuple(range(cut[depth], min(cut[depth + 1], config.num_hidden_layers)))
+            found[rank][chunk] = Part(blocks, first=depth == 0, last=depth == stages - 1)
     return found

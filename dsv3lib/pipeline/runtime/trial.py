@@ -104,6 +104,7 @@ def trial(
     microbatches: int = 8,
     steps: int = 2,
     on_action: Callable[[int], None] = lambda done: None,
+    costs: Sequence[float | int] | None = None,
 ) -> Trial:
     """Train the small model by ``stages`` processes of this machine.
 
@@ -111,6 +112,7 @@ def trial(
         name: of the schedule. stages, microbatches: its sizes. steps: of the optimiser.
         on_action: called while they run with how many actions have been done since the last call; in all as many as
             the schedule has, times the steps.
+        costs: of each piece of the model, for the cut; by default its operations.
 
     Raises:
         ConfigError: the schedule does not exist in these sizes, or the machine has no memory for the processes.
@@ -127,7 +129,8 @@ def trial(
                 done[rank] = int(found[1])
         on_action(sum(done) - before)
 
-    ranks = launch(stages, f"{__name__}:train", (name, stages, microbatches, steps), timeout=300, on_poll=seen)
+    arguments = (name, stages, microbatches, steps, costs)
+    ranks = launch(stages, f"{__name__}:train", arguments, timeout=300, on_poll=seen)
     on_action(steps * sum(map(len, plan.actions)) - sum(done))
     return _together(plan, ranks)
 
@@ -138,13 +141,15 @@ def rehearse(
     microbatches: int = 8,
     steps: int = 2,
     links: Callable[[Links], Links] = lambda links: links,
+    costs: Sequence[float | int] | None = None,
 ) -> Trial:
     """The same run by threads of this process: no other process, the same numbers to the last bit.
 
     Args:
-        name, stages, microbatches, steps: as for :func:`trial`. links: may change a rank's links to the others.
+        name, stages, microbatches, steps, costs: as for :func:`trial`.
+        links: may change a rank's links to the others.
     """
-    made = in_threads(stages, lambda own: _train(lambda _: links(own), name, stages, microbatches, steps))
+    made = in_threads(stages, lambda own: _train(lambda _: links(own), name, stages, microbatches, steps, costs))
     return _together(schedule(name, stages, microbatches), made)
 
 
@@ -155,7 +160,9 @@ def whole(stages: int, microbatches: int) -> float:
         return sum(model(b.input_ids, labels=b.labels).loss.item() for b in batches) / microbatches
 
 
-def train(rank: Rank, name: str, stages: int, microbatches: int, steps: int) -> dict[str, Any]:
+def train(
+    rank: Rank, name: str, stages: int, microbatches: int, steps: int, costs: Sequence[float | int] | None
+) -> dict[str, Any]:
     """The work of one process."""
     total = steps * len(schedule(name, stages, microbatches).actions[rank.rank])
     done = 0
@@ -165,7 +172,7 @@ def train(rank: Rank, name: str, stages: int, microbatches: int, steps: int) -> 
         rank.tell(f"{done} of {total}: {doing}")
         done += "." in doing
 
-    return _train(rank.links, name, stages, microbatches, steps, tell)
+    return _train(rank.links, name, stages, microbatches, steps, costs, tell)
 
 
 def _train(
@@ -174,11 +181,12 @@ def _train(
     stages: int,
     microbatches: int,
     steps: int,
+    costs: Sequence[float | int] | None,
     tell: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Any]:
     plan, model = schedule(name, stages, microbatches), small_model(stages)
-    links = links_of(groups_of(model, plan, Layout(stages), LENGTH))
-    engine = Engine(model, plan, Layout(stages), links, LENGTH, tell)
+    links = links_of(groups_of(model, plan, Layout(stages), LENGTH, costs))
+    engine = Engine(model, plan, Layout(stages), links, LENGTH, tell, costs)
     optimizer = torch.optim.AdamW(engine.parameters.values(), lr=RATE, foreach=False)
     losses, batches = [], iter(micro_batches(microbatches))
     of_routes = [[next(batches) for _ in range(route.microbatches)] for route in plan.routes]
