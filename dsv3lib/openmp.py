@@ -9,7 +9,7 @@ and CI are busy machines.
 The policy is read from the environment when torch is loaded. ``import dsv3lib`` sets it where nobody has; so does, for
 all that it starts, the ``dsv3`` command. Where torch was loaded first it is too late for that, and ``cut_spinning``
 does the same by another rule of libgomp's manual: with more threads than processors it spins a hundred rounds.
-``benchmarks/busy.py`` measures the choice.
+``benchmarks/cpu_busy.py`` measures the choice.
 """
 
 from __future__ import annotations

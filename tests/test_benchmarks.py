@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bounds  # noqa: E402
 import cpu  # noqa: E402
+import cpu_busy  # noqa: E402
 import cpu_few  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
@@ -75,6 +77,21 @@ def test_few_tokens_and_16_bits_are_measured_beside_one_token_and_fp32() -> None
         assert ours["pass_ms"] == pytest.approx(ours["median_ms"] / column["passes"], rel=1e-2)
         largest = cpu_few.FURTHEST if "BF16" in column["work"] else cpu.TOLERANCE
         assert all(value <= largest for value in column["difference"].values())
+
+
+def test_a_busy_machine_is_measured_under_each_policy_and_nothing_stays_behind() -> None:
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    results = json.loads(json.dumps(cpu_busy.run(SMALL, ["forward 8"], 0.0, ("dsv3lib's", "late"), threads=2)))
+    assert [(c["policy"], c["side"]) for c in results["columns"]] == [
+        ("dsv3lib's", "peer"), ("dsv3lib's", "ours"), ("late", "peer"), ("late", "ours"),
+    ]  # fmt: skip
+    for column in results["columns"]:
+        assert column["idle"]["rounds"] == column["busy"]["rounds"] == 3
+        expected = column["busy"]["median_ms"] / column["idle"]["median_ms"]
+        assert column["times_as_long"] == pytest.approx(expected, rel=1e-2)
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        cpu_busy.run(SMALL, ["dance 8"], 0.0, ("late",))
 
 
 def test_a_16_bit_side_that_is_too_far_off_is_refused() -> None:
