@@ -41,36 +41,33 @@ def _attend(q: Array, past: Array, rank: int) -> Array:
     n_new, heads, latent_dim = q.shape
     n_total, rows = len(past), n_new * heads
     piece = max(PIECE_LEAST, PIECE_VALUES // latent_dim)
-    whole = (n_total - 1) // piece  # of these many pieces all positions exist; the last one holds what is left
+    whole = (n_total - n_new) // piece  # pieces that every query sees all of; the last one holds what is left
     left = n_total - whole * piece
     pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
     q = q.reshape(rows, latent_dim)
-    p = np.empty((whole + 1, rows, piece), q.dtype)
-    np.matmul(q, pieces.transpose(0, 2, 1), out=p[:whole])
+    p = np.empty((whole + 1, rows, piece + n_new - 1), q.dtype)
+    np.matmul(q, pieces.transpose(0, 2, 1), out=p[:whole, :, :piece])
     np.matmul(q, rest.T, out=p[whole, :, :left])
+    p[:whole, :, piece:] = -np.inf
     p[whole, :, left:] = -np.inf
-    if n_new > 1:
-        hide_what_comes_later(p.reshape(whole + 1, n_new, heads, piece), n_total)
+    hide_what_comes_later(p[whole].reshape(n_new, heads, -1)[:, :, :left])
     p -= p.max(0).max(1, keepdims=True)
     np.exp(p, p)
-    u = np.matmul(p[:whole], pieces[..., :rank]).sum(0)
+    u = np.matmul(p[:whole, :, :piece], pieces[..., :rank]).sum(0)
     u += p[whole, :, :left] @ rest[:, :rank]
     u /= p.sum(0).sum(1, keepdims=True)
     return u.reshape(n_new, heads, rank)
 
 
-def hide_what_comes_later(scores: Array, n_total: int) -> None:
+def hide_what_comes_later(scores: Array) -> None:
     """Put −inf where a query would see a token after its own.
 
     Args:
-        scores: [pieces, T, H, piece], of the last T of ``n_total`` positions; changed in place.
-        n_total: S.
+        scores: of the last T positions, [T, H, S']; the last T columns are these positions. Changed in place.
     """
-    n_pieces, n_new, _, piece = scores.shape
-    first = (n_total - n_new + 1) // piece  # the piece of the first position that some query must not see
-    positions = np.arange(first * piece, n_pieces * piece).reshape(-1, 1, 1, piece)
-    last_seen = np.arange(n_total - n_new, n_total)[:, None, None]
-    scores[first:] += np.where(positions > last_seen, scores.dtype.type(-np.inf), scores.dtype.type(0))
+    n_new, _, width = scores.shape
+    for t in range(n_new - 1):
+        scores[t, :, width - n_new + t + 1 :] = -np.inf
 
 
 def by_head(x: Array, weight: Array, out: Array) -> None:

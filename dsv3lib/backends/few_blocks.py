@@ -19,6 +19,8 @@ from .few_routing import route_rows, sort_visits
 from .token_weights import BlockWeights, MixtureWeights, MLPWeights, product
 from .weight_copies import Array, WeightReader
 
+IN_PYTHON = 8  # tokens: so many roots Python takes as quickly
+
 
 class FewBlocks:
     """The operations of a block.
@@ -51,16 +53,19 @@ class FewBlocks:
 
     def normalize(self, x: Array, weight: Array, factor: float = 1.0) -> Array:
         """RMSNorm of each row, times ``factor``."""
-        y = x * weight
+        y, width, eps = x * weight, x.shape[1], self.config.rms_norm_eps
         if len(x) == 1:  # the root of the mean square is one Python number
             row = x[0]
-            y *= factor / math.sqrt(float(row.dot(row)) / row.size + self.config.rms_norm_eps)
-            return y
-        scale = np.vecdot(x, x)
-        scale /= x.shape[1]
-        scale += self.config.rms_norm_eps
-        np.sqrt(scale, scale)
-        y *= np.divide(factor, scale, scale)[:, None]
+            y *= factor / math.sqrt(float(row.dot(row)) / width + eps)
+        elif len(x) <= IN_PYTHON:
+            scales = [factor / math.sqrt(square / width + eps) for square in np.vecdot(x, x).tolist()]
+            y *= np.array(scales, y.dtype)[:, None]
+        else:
+            scale = np.vecdot(x, x)
+            scale /= width
+            scale += eps
+            np.sqrt(scale, scale)
+            y *= np.divide(factor, scale, scale)[:, None]
         return y
 
     def attend(

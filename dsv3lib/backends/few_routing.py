@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from .weight_copies import Array
 
-ONE_BY_ONE = 4  # tokens: for more, a dozen operations on arrays are quicker than Python
+ONE_BY_ONE = 3  # tokens: for more, a dozen operations on arrays are quicker than Python
 
 
 def route_rows(scores: Array, bias: Array, config: ModelConfig) -> tuple[Array, Array]:

@@ -68,7 +68,7 @@ def test_equals_the_module(**drawn) -> None:
 
 WRONG = {
     "no RoPE": (few_blocks, "rotated", lambda x, rotations: x),
-    "no mask": (few_attention, "hide_what_comes_later", lambda scores, n_total: None),
+    "no mask": (few_attention, "hide_what_comes_later", lambda scores: None),
     "hidden before embedding": (few_tokens.np, "concatenate", lambda parts, axis: np.hstack(parts[::-1])),
 }  # fmt: skip
 

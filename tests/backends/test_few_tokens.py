@@ -116,17 +116,17 @@ def test_any_model_in_any_pieces_equals_the_plain_layers(**drawn) -> None:
 HIDE = few_attention.hide_what_comes_later
 
 
-def sees_one_more(scores: np.ndarray, n_total: int) -> None:
+def sees_one_more(scores: np.ndarray) -> None:
     """A mask that is off by one: each query sees the token after its own."""
-    HIDE(scores[:, :-1], n_total)
+    for t in range(len(scores) - 2):
+        scores[t, :, t + 2 - len(scores) :] = -np.inf
 
 
-def hides_its_own(scores: np.ndarray, n_total: int) -> None:
+def hides_its_own(scores: np.ndarray) -> None:
     """A mask that is off by one the other way."""
-    HIDE(scores, n_total)
-    for t in range(1, scores.shape[1]):
-        n, at = divmod(n_total - scores.shape[1] + t, scores.shape[-1])
-        scores[n, t, :, at] = -np.inf
+    HIDE(scores)
+    for t in range(1, len(scores)):
+        scores[t, :, scores.shape[-1] - len(scores) + t] = -np.inf
 
 
 WRONG = {
@@ -135,7 +135,7 @@ WRONG = {
         few_blocks, "rotated", lambda x, rotations: few_attention.rotated(x, np.roll(rotations, 1, 0))),
     "every token with the first one's rotation": (
         few_blocks, "rotated", lambda x, rotations: few_attention.rotated(x, rotations[:1])),
-    "no mask": (few_attention, "hide_what_comes_later", lambda scores, n_total: None),
+    "no mask": (few_attention, "hide_what_comes_later", lambda scores: None),
     "a mask off by one": (few_attention, "hide_what_comes_later", sees_one_more),
     "a mask that hides the token itself": (few_attention, "hide_what_comes_later", hides_its_own),
     "answers to the wrong tokens": (
