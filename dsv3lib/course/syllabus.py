@@ -40,7 +40,7 @@ _ROWS = (
     ("05_fp8_tile_quantization", "fp8", 75, "precision", "eight bits, one scale for each tile"),
     ("06_dualpipe", "dualpipe", 70, "pipeline", "two directions through one pipeline"),
     ("07_speculative_decoding", "spec", 50, "mtp head", "draft, verify, and keep the distribution"),
-    ("08_long_context", "long", 50, "rope cache", "a longer context without starting again"),
+    ("08_long_context", "long", 60, "rope cache", "a longer context without starting again"),
 )  # fmt: skip
 """Stem, short name, minutes, parts of the map, idea: a lesson more is a row more."""
 
