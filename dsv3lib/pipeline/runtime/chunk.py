@@ -57,7 +57,7 @@ class Pass:
         output: the stage's last activation, cut off; ``None`` at the model's end.
         grad_input: ∂L/∂x after backward; ``None`` at the model's beginning.
         losses: at the end, "main", "mtp_k"; everywhere "balance" of each mixture layer, by its index.
-        loads: visits of each expert, by the layer's index.
+        loads: visits of each row's tokens to each expert, [B, E], by the layer's index.
         later: the weights' products, between I and W.
     """
 
@@ -111,7 +111,9 @@ class Pass:
         self._balance = loss if self._balance is None else self._balance + loss
 
     def _count(self, layer: int, indices: Tensor) -> None:
-        self.loads[layer] = torch.bincount(indices.flatten(), minlength=self.model.config.n_routed_experts)
+        visits = indices.flatten(1)
+        rows = visits.new_zeros(len(visits), self.model.config.n_routed_experts)
+        self.loads[layer] = rows.scatter_add_(1, visits, torch.ones_like(visits))
 
     def _end(self, x: Tensor, step: Step) -> None:
         """Head, MTP chain and loss."""

@@ -40,8 +40,9 @@ class StepResult:
 
     Attributes:
         loss: mean over all micro-batches of all replicas. losses: its parts.
-        loads: visits of each expert over the whole step, by layer. load_of_rank: the same of this replica's tokens
-            in this rank's own layers.
+        loads: visits of each expert over the whole step, by layer. loads_of_rows: the same of each row of the step,
+            [rows, E]; rows of replica 0 come first, and of its first route. loads_of_ranks: of the tokens and layers
+            that each rank computed. load_of_rank: of this one.
         peak_passes: most micro-batches whose saved tensors this rank held at once.
         spans: when this rank did what; an action begins when what it needs has arrived.
         cpu: seconds of this rank's processor that each of them took, which other processes do not lengthen.
@@ -50,6 +51,8 @@ class StepResult:
     loss: float
     losses: dict[str, float]
     loads: dict[int, Tensor]
+    loads_of_rows: dict[int, Tensor]
+    loads_of_ranks: list[dict[int, Tensor]]
     load_of_rank: dict[int, Tensor]
     peak_passes: int
     spans: list[Span] = field(default_factory=list)
@@ -316,7 +319,7 @@ class Engine:
         mine = {key: (one.losses, one.balances, one.loads) for key, one in self._done.items()}
         self._done = {}
         every = self.links.gather_objects(mine)
-        total, parts, loads = 0.0, {}, {}
+        total, parts, rows = 0.0, {}, {}
         for replica in range(self.layout.dp):
             ranks = every[replica * self.layout.pp : (replica + 1) * self.layout.pp]
             merged = {key: value for rank in ranks for key, value in rank.items()}
@@ -328,16 +331,15 @@ class Engine:
                     for _, weighed, counted in found:
                         balances |= weighed
                         for layer, load in counted.items():
-                            loads[layer] = loads.get(layer, 0) + load
+                            rows.setdefault(layer, []).append(load)
                     loss = self._assemble(losses, balances)
                     total += (loss * self._share).item()
                     for name, part in losses.items():
                         parts[name] = parts.get(name, 0.0) + (part * self._share).item()
-        own: dict[int, Tensor] = {}
-        for _, _, counted in mine.values():
-            for layer, load in counted.items():
-                own[layer] = own.get(layer, 0) + load
-        return StepResult(total, parts, dict(sorted(loads.items())), own, peak, spans, cpu)
+        by_row = {layer: torch.cat(rows[layer]) for layer in sorted(rows)}
+        loads = {layer: counted.sum(0) for layer, counted in by_row.items()}
+        of_ranks = [_summed(rank) for rank in every]
+        return StepResult(total, parts, loads, by_row, of_ranks, of_ranks[self.links.rank], peak, spans, cpu)
 
     def _assemble(self, losses: dict[str, Tensor], balances: dict[int, Tensor]) -> Tensor:
         """One micro-batch's loss from its parts, in the order in which ``add_losses`` adds them."""
@@ -348,3 +350,12 @@ class Engine:
             losses["balance"] = sum(balances[layer] for layer in sorted(balances))
             loss = loss + losses["balance"]
         return loss
+
+
+def _summed(passes: dict) -> dict[int, Tensor]:
+    """The load of all that one rank computed in a step, by layer."""
+    own: dict[int, Tensor] = {}
+    for _, _, counted in passes.values():
+        for layer, load in counted.items():
+            own[layer] = own.get(layer, 0) + load.sum(0)
+    return own

@@ -36,6 +36,9 @@ class Layout:
         """Processes."""
         return self.pp * self.dp
 
+    def __str__(self) -> str:
+        return f"pp={self.pp},dp={self.dp}"
+
     @classmethod
     def parse(cls, text: str) -> Layout:
         """The layout that ``pp=4,dp=2`` stands for; what is left out is 1.
@@ -46,14 +49,14 @@ class Layout:
         sizes: dict[str, int] = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name == "ep" and number.strip() == "1":
-                continue
-            if name not in ("pp", "dp") or name in sizes or not number.strip().isdecimal():
+            if name not in ("pp", "ep", "dp") or name in sizes or not number.strip().isdecimal():
                 raise ConfigError(
-                    f"--parallel: {part!r} in {text!r}, expected pp=N and dp=N once each, such as pp=4,dp=1 "
-                    "(experts are not spread over ranks: ep is 1)"
+                    f"--parallel: {part!r} in {text!r}, expected pp=N, ep=N and dp=N at most once each, such as "
+                    "pp=4,ep=1,dp=2"
                 )
             sizes[name] = int(number)
+        if (experts := sizes.pop("ep", 1)) != 1:
+            raise ConfigError(f"ep: {experts} in {text!r}, expected 1: ep is not available with a pipeline yet")
         return cls(**sizes)
 
     def refuse_world(self, world: int) -> None:

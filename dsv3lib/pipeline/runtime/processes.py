@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ... import errors
 from ...checks import require_integer
 from ...errors import ConfigError, Dsv3Error, TrainingError
 from . import status
@@ -42,6 +43,8 @@ def launch(
     most: int = MOST,
     on_start: Callable[[list[int]], None] = lambda pids: None,
     on_poll: Callable[[list[str]], None] = lambda doing: None,
+    show: int | None = None,
+    gentle: bool = False,
 ) -> list[Any]:
     """Run a function in each of ``world`` processes.
 
@@ -53,6 +56,8 @@ def launch(
         most: refuse more processes than this.
         on_start: called with the process ids, rank by rank.
         on_poll: called again and again with what each rank is doing, for a progress bar.
+        show: the rank whose output goes where this process's own does.
+        gentle: hand the first Ctrl-C on to the ranks, which end when they can; a second one ends them.
 
     Returns:
         What each rank's function returned.
@@ -72,28 +77,43 @@ def launch(
         started: list[subprocess.Popen] = []
         try:
             for rank in range(world):
-                started.append(_start(folder, rank, world, store.port))
+                started.append(_start(folder, rank, world, store.port, shown=rank == show))
             on_start([process.pid for process in started])
-            _watch(started, folder, timeout, on_poll)
+            watch = _watch_gently if gentle else _watch
+            watch(started, folder, timeout, on_poll)
             return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
         finally:
             _end(started)
             del store
 
 
-def _start(folder: Path, rank: int, world: int, port: int) -> subprocess.Popen:
+def _start(folder: Path, rank: int, world: int, port: int, shown: bool) -> subprocess.Popen:
     numbers = map(str, (rank, world, port, os.getpid()))
     # A process group of its own: Ctrl-C reaches the parent alone, which then ends them all.
     with (folder / f"output-{rank}.txt").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "dsv3lib.pipeline.runtime.worker", str(folder), *numbers],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=None if shown else output, stderr=None if shown else output,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": _loopback()},
         )  # fmt: skip
 
 
 def _loopback() -> str:
     return "lo" if sys.platform.startswith("linux") else "lo0"
+
+
+def _watch_gently(
+    started: list[subprocess.Popen], folder: Path, timeout: float | int, on_poll: Callable[[list[str]], None]
+) -> None:
+    """As :func:`_watch`; the first Ctrl-C asks the ranks to end by themselves."""
+    try:
+        _watch(started, folder, timeout, on_poll)
+    except KeyboardInterrupt:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        _watch(started, folder, timeout, on_poll)
 
 
 def _watch(
@@ -142,7 +162,7 @@ def _failure(codes: list[int | None], folder: Path) -> Dsv3Error:
     text = seen[rank].error or f"ended with status {codes[rank]}"
     if not seen[rank].error:
         text += ": " + (folder / f"output-{rank}.txt").read_text(errors="replace")[-500:]
-    kind = ConfigError if text.startswith(("ConfigError", "ScheduleError")) else TrainingError
+    kind = getattr(errors, text.partition(":")[0], TrainingError)
     return kind(f"rank {rank} failed during {seen[rank].doing}: {text}; all ranks were ended")
 
 

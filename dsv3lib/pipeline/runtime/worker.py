@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,12 @@ class Rank:
     def links(self, groups: Sequence[tuple[int, ...]] = ()) -> GlooLinks:
         """To the other ranks; all call it with the same groups."""
         return GlooLinks(groups)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What each rank of the world gives, in order, before there are links."""
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, value)
+        return every
 
 
 def join(timeout: timedelta = TIMEOUT) -> Rank:
@@ -69,7 +76,8 @@ def main(folder: Path, rank: int, world: int, port: int, parent: int) -> int:
         dist.destroy_process_group()
         return 0
     except BaseException as error:
-        traceback.print_exc()
+        with (folder / f"output-{rank}.txt").open("a") as output:  # its own output may be a terminal
+            traceback.print_exc(file=output)
         status.fail(f"{type(error).__name__}: {error}")
         return 1
 

@@ -7,6 +7,7 @@ are what runs with different tokenizers are compared by (the paper's BPB, Table 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +20,7 @@ from ..text.data import IGNORED_LABEL, Batch, PackedStream
 from ..text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from .balance import load_entropy, max_violation
 
+Forward = Callable[[Batch], tuple[float, Tensor]]
 DEFAULT_BATCHES = 4
 DEFAULT_BATCH_SIZE = 8
 
@@ -64,6 +66,7 @@ def evaluate(
     stream: PackedStream,
     batches: int = DEFAULT_BATCHES,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    forward: Forward | None = None,
 ) -> Evaluation:
     """Validation loss of each domain of a stream; the stream's place and the model's mode do not change.
 
@@ -74,6 +77,7 @@ def evaluate(
         model: the model, on any device.
         stream: gives ``validation_batches``, which are the same at every call.
         batches: most batches of each domain. batch_size: rows of each.
+        forward: gives a batch's main loss and each expert's load; by default the model in one piece.
 
     Raises:
         TrainingError: a loss is not finite; the domain is named.
@@ -86,8 +90,8 @@ def evaluate(
         for name in stream.domain_names:
             nats, tokens, size = 0.0, 0, 0
             for batch in stream.validation_batches(name, batches, batch_size):
-                out, targets = _run(model, batch)
-                mean = out.losses["main"].item()
+                mean, load = _whole(model, batch) if forward is None else forward(batch)
+                targets = _targets(batch)
                 if not math.isfinite(mean):
                     raise TrainingError(
                         f"validation: the loss on domain {name!r} is {mean}; the weights are spoilt"
@@ -95,7 +99,7 @@ def evaluate(
                 nats += mean * targets.numel()
                 tokens += targets.numel()
                 size += int(width[targets].sum())
-                loads = loads + out.expert_load.cpu()
+                loads = loads + load
             if tokens:
                 domains[name] = DomainLoss(nats / tokens, nats / math.log(2) / max(size, 1), tokens)
     finally:
@@ -105,14 +109,17 @@ def evaluate(
     return Evaluation(domains, max_violation(loads).tolist(), load_entropy(loads).tolist())
 
 
-def _run(model: DeepSeekV3, batch: Batch) -> tuple:
+def _whole(model: DeepSeekV3, batch: Batch) -> tuple[float, Int64[Tensor, "layers E"]]:
     device = model.lm_head.weight.device
     out = model(
         batch.input_ids.to(device), labels=batch.labels.to(device), document_ids=batch.document_ids.to(device)
     )
+    return out.losses["main"].item(), out.expert_load.cpu()
+
+
+def _targets(batch: Batch) -> Int64[Tensor, " N"]:
     same = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
-    is_target = same & (batch.labels[:, 1:] != IGNORED_LABEL)
-    return out, batch.labels[:, 1:][is_target]
+    return batch.labels[:, 1:][same & (batch.labels[:, 1:] != IGNORED_LABEL)]
 
 
 def token_bytes(tokenizer: Tokenizer) -> Int64[Tensor, " V"]:

@@ -43,13 +43,14 @@ class AdamW:
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
         self.count = 0
-        # An FP32 parameter is its own master; any other gets one.
+        # An FP32 parameter is its own master (and an FP64 one, in proofs); any other gets one.
         self.masters = {
-            name: p.detach() if p.dtype == torch.float32 else p.detach().float()
-            for name, p in self.parameters.items()
+            name: p.detach() if _is_wide(p) else p.detach().float() for name, p in self.parameters.items()
         }
-        self.first = {n: torch.zeros_like(w, dtype=moment_dtype) for n, w in self.masters.items()}
-        self.second = {n: torch.zeros_like(w, dtype=moment_dtype) for n, w in self.masters.items()}
+        kinds = {n: torch.promote_types(moment_dtype, w.dtype) if w.dtype == torch.float64 else moment_dtype
+                 for n, w in self.masters.items()}  # fmt: skip
+        self.first = {n: torch.zeros_like(w, dtype=kinds[n]) for n, w in self.masters.items()}
+        self.second = {n: torch.zeros_like(w, dtype=kinds[n]) for n, w in self.masters.items()}
 
     @staticmethod
     def decays(parameter: Tensor) -> bool:
@@ -67,10 +68,11 @@ class AdamW:
                 self._update(group, learning_rate, self.weight_decay if decays else 0.0)
 
     def _update(self, names: list[str], learning_rate: float, decay: float) -> None:
-        grads = [self.parameters[n].grad.float() for n in names]
         weights = [self.masters[n] for n in names]
-        first = [self.first[n].float() for n in names]  # no copy where the moments are FP32
-        second = [self.second[n].float() for n in names]
+        grads = [self.parameters[n].grad.to(w.dtype) for n, w in zip(names, weights, strict=True)]
+        # No copies where the moments are as wide as the master.
+        first = [self.first[n].to(w.dtype) for n, w in zip(names, weights, strict=True)]
+        second = [self.second[n].to(w.dtype) for n, w in zip(names, weights, strict=True)]
         torch._foreach_lerp_(first, grads, 1.0 - self.beta1)
         torch._foreach_mul_(second, self.beta2)
         torch._foreach_addcmul_(second, grads, grads, 1.0 - self.beta2)
@@ -81,10 +83,10 @@ class AdamW:
         torch._foreach_add_(denominator, self.epsilon)
         torch._foreach_addcdiv_(weights, first, denominator, -learning_rate / (1.0 - self.beta1**self.count))
         for i, name in enumerate(names):
-            if self.first[name].dtype != torch.float32:
+            if self.first[name].dtype != weights[i].dtype:
                 self.first[name].copy_(first[i])
                 self.second[name].copy_(second[i])
-            if self.parameters[name].dtype != torch.float32:
+            if not _is_wide(self.parameters[name]):
                 self.parameters[name].copy_(weights[i])
 
     def zero_grad(self) -> None:
@@ -97,7 +99,7 @@ class AdamW:
         tensors = {f"first.{name}": m for name, m in self.first.items()}
         tensors |= {f"second.{name}": v for name, v in self.second.items()}
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
+            if not _is_wide(parameter):
                 tensors[f"master.{name}"] = self.masters[name]
         return tensors
 
@@ -110,6 +112,11 @@ class AdamW:
         """
         copy_exactly(self.state_tensors(), tensors, "optimizer state")
         self.count = count
+
+
+def _is_wide(parameter: Tensor) -> bool:
+    """Whether a parameter is its own master."""
+    return parameter.dtype in (torch.float32, torch.float64)
 
 
 @torch.no_grad()

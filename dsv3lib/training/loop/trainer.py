@@ -15,13 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,12 +34,14 @@ from ..run import folder as run_folder
 from ..run import log as runlog
 from ..run import save_point
 from ..run.interrupt import deferred_interrupt
+from ..run.progress import show
 from ..run.state import load_state, save_state
-from ..text.data import PackedStream
+from ..text.data import Batch, PackedStream
 from ..text.tokenizer import Tokenizer
 from .average import WeightAverage
-from .balance import domain_load, load_entropy, max_violation, update_bias
+from .balance import load_entropy, max_violation, update_bias
 from .evaluate import Evaluation, evaluate
+from .gradients import Gradients, gradients
 from .optimizer import AdamW
 from .schedule import Schedule, steps_for_seconds, steps_for_tokens
 from .settings import TrainingConfig
@@ -79,12 +81,12 @@ class Trainer:
     ) -> None:
         if resume and out is None:
             raise TrainingError("resume: given without the folder of a run (out)")
-        self.model, self.stream = model, stream
+        self.model, self.stream, self.parameter_counts = model, stream, model.parameter_counts()
         self.out = None if out is None else Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else stream.tokenizer
         recorded = run_folder.read_run(self.out) if resume else None
         self.config = _with_threads(config, recorded)
-        self.device = model.lm_head.weight.device
+        self.device = next(model.parameters()).device
         self.steps_done, self.tokens_seen, self.seconds = 0, 0, 0.0
         self.validation: Evaluation | None = None
         self._sequence_seconds: list[float] = []  # of this process's warm-up steps
@@ -93,6 +95,7 @@ class Trainer:
             model.recipe = Recipe.named(self.config.fp8)
             set_recipe(model, model.recipe)
         model.recipe.refuse(self.device)
+        self._prepare()
         self.optimizer = AdamW(
             model.named_parameters(), self.config.beta1, self.config.beta2, self.config.epsilon,
             self.config.weight_decay, torch.bfloat16 if self.config.bf16_moments else torch.float32,
@@ -150,7 +153,7 @@ class Trainer:
                   dynamic_ncols=True) as bar:  # fmt: skip
             try:
                 for record in self:
-                    _show(bar, record, self.total_steps)
+                    show(bar, record, self.total_steps)
                     for callback in callbacks:
                         callback(self, record)
                 interrupted = not self.finished
@@ -192,7 +195,7 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Validation loss of each domain; logged."""
-        self.validation = evaluate(self.model, self.stream, self.config.validation_batches)
+        self.validation = self._evaluate()
         self._write({"kind": "validation", "step": self.steps_done, **self.validation.to_dict()})
         return self.validation
 
@@ -207,36 +210,27 @@ class Trainer:
 
     def _train_step(self) -> Record:
         started = time.perf_counter()
-        model, schedule, step = self.model, self.schedule, self.steps_done + 1
+        schedule, step = self.schedule, self.steps_done + 1
         batch = self.stream.next_batch(schedule.batch_size(step))
-        model.train()
+        self.model.train()
         weights = self.loss_weights(step)
         self.optimizer.zero_grad()
         try:
-            out = model(
-                batch.input_ids.to(self.device),
-                labels=batch.labels.to(self.device),
-                document_ids=batch.document_ids.to(self.device),
-                loss_weights=weights,
-            )
+            found = self._gradients(batch, weights)
         except InputError as error:  # a router met NaN before there was a loss to look at
             raise TrainingError(f"step {step}: {error}; {self._what_stands()}") from error
-        losses = {name: part.item() for name, part in out.losses.items()}
-        for name, value in {**losses, "total": out.loss.item()}.items():
+        for name, value in {**found.losses, "total": found.loss}.items():
             self._refuse_not_finite(step, f"loss ({name})", value)
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.gradient_clip).item()
-        self._refuse_not_finite(step, "gradient norm", norm)
+        self._refuse_not_finite(step, "gradient norm", found.norm)
         self.optimizer.step(schedule.learning_rate(step))
-        speed, load = schedule.bias_speed(step), out.expert_load.cpu()
-        for router, router_load in zip(model.routers(), load, strict=True):
-            update_bias(router, router_load, speed, centre=self.config.centre_bias)
+        speed = schedule.bias_speed(step)
+        self._update_biases(found.load, speed)
         if self.average is not None:
-            self.average.update(model)
+            self.average.update(self.model)
         self.steps_done = step
         tokens = batch.input_ids.numel()
         self.tokens_seen += tokens
-        elapsed = time.perf_counter() - started
+        elapsed = self._agreed(time.perf_counter() - started)
         self.seconds += elapsed
         if self.total_steps is None:
             self._sequence_seconds.append(elapsed / len(batch.input_ids))
@@ -244,20 +238,43 @@ class Trainer:
             "kind": "step",
             "step": step,
             "tokens": self.tokens_seen,
-            "loss": out.loss.item(),
-            "losses": losses,
+            "loss": found.loss,
+            "losses": found.losses,
             "learning_rate": schedule.learning_rate(step),
-            "gradient_norm": norm,
+            "gradient_norm": found.norm,
             "batch_size": len(batch.input_ids),
             "mtp_loss_weight": weights.mtp,
             "bias_speed": speed,
-            "expert_load": load.tolist(),
-            "domain_load": self._domain_load(out.expert_indices, batch.domain_ids, load.shape[-1]),
-            "max_violation": max_violation(load).tolist(),
-            "load_entropy": load_entropy(load).tolist(),
+            "expert_load": found.load.tolist(),
+            "domain_load": found.domain_load,
+            "max_violation": max_violation(found.load).tolist(),
+            "load_entropy": load_entropy(found.load).tolist(),
             "seconds": elapsed,
             "tokens_per_second": tokens / elapsed,
+            **found.more,
         }
+
+    # What a run over several ranks does in another way (``run/parallel.py``).
+
+    def _prepare(self) -> None:
+        """The last moment before optimizer and average take hold of the model's parameters."""
+
+    def _gradients(self, batch: Batch, weights: LossWeights) -> Gradients:
+        return gradients(self.model, batch, weights, self.config.gradient_clip, self.stream.domain_names)
+
+    def _update_biases(self, load: Int64[Tensor, "layers E"], speed: float) -> None:
+        for router, router_load in zip(self.model.routers(), load, strict=True):
+            update_bias(router, router_load, speed, centre=self.config.centre_bias)
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(self.model, self.stream, self.config.validation_batches)
+
+    def _agreed(self, value: float | int) -> float | int:
+        """A measured time, on which the run's length may depend."""
+        return value
+
+    def _describe(self, source: Record) -> Record:
+        return run_folder.describe_run(self.model, self.stream, self.config, source)
 
     def loss_weights(self, step: int) -> LossWeights:
         """λ and α of a step; the model's own α where the settings leave it.
@@ -267,11 +284,6 @@ class Trainer:
         """
         alpha = self.model.aux_loss_alpha if self.config.aux_loss_alpha is None else self.config.aux_loss_alpha
         return LossWeights(self.schedule.mtp_loss_weight(step), alpha, self.config.aux_loss_over)
-
-    def _domain_load(self, indices: list, domain_ids: Tensor, experts: int) -> dict[str, list[list[int]]]:
-        names = self.stream.domain_names
-        loads = domain_load(indices, domain_ids, len(names), experts)
-        return dict(zip(names, loads.tolist(), strict=True))
 
     def _refuse_not_finite(self, step: int, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -305,7 +317,7 @@ class Trainer:
             return
         recent = self._sequence_seconds[len(self._sequence_seconds) // 2 :]  # the first steps are slower
         total = steps_for_seconds(config, self.steps_done, budget - self.seconds, median(recent))
-        if self.out is not None:
+        if self._log is not None:
             run_folder.record_length(self.out, total, self.steps_done)
         self.schedule = Schedule(config, total, self.steps_done)
         self._write_plan()
@@ -316,23 +328,11 @@ class Trainer:
     # ---- the run's folder ----------------------------------------------------------------------------
 
     def _open(self, recorded: Record | None, source: Record) -> None:
-        now = run_folder.describe_run(self.model, self.stream, self.config, source)
+        now = self._describe(source)
         if recorded is None:
             run_folder.begin_run(self.out, now, {"kind": "header", **now}, self.tokenizer)
         else:
-            found = save_point.latest_savepoint(self.out)
-            run_folder.refuse_another_run(recorded, now, with_weights=found is None)
-            for name, then in recorded["versions"].items():
-                if now["versions"].get(name) != then:
-                    warnings.warn(
-                        f"{name} was {then} when the run was begun and is {now['versions'].get(name)}: "
-                        "losses may differ in their last digits",
-                        stacklevel=3,
-                    )
-            if recorded["total_steps"] is not None:
-                self.schedule = Schedule(self.config, recorded["total_steps"], recorded["decided_after"])
-            if found is not None:
-                load_state(self, found)
+            self._go_on(recorded, now)
             runlog.cut_log(self.out, self.steps_done)
             save_point.remove_outdated(self.out, self.config.keep_checkpoints)
         self._log = runlog.RunLog(self.out / runlog.FILE_NAME)
@@ -340,6 +340,19 @@ class Trainer:
             self._write_plan()
         if self.finished:
             self._save_model()
+
+    def _go_on(self, recorded: Record, now: Record) -> None:
+        """Put the trainer where the run's last save point found it."""
+        found = save_point.latest_savepoint(self.out)
+        run_folder.refuse_another_run(recorded, now, with_weights=found is None)
+        run_folder.warn_of_other_versions(recorded, now)
+        if recorded["total_steps"] is not None:
+            self.schedule = Schedule(self.config, recorded["total_steps"], recorded["decided_after"])
+        if found is not None:
+            self._load_state(found)
+
+    def _load_state(self, folder: Path) -> None:
+        load_state(self, folder)
 
     def save(self) -> Path | None:
         """Write a save point and remove those that are too old; without a folder do nothing.
@@ -385,12 +398,3 @@ def _with_threads(config: TrainingConfig, recorded: Record | None) -> TrainingCo
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return dataclasses.replace(config, threads=threads)
-
-
-def _show(bar: tqdm, record: Record, total: int | None) -> None:
-    bar.total = total
-    bar.set_postfix_str(
-        f"loss {record['losses']['main']:.3f}, MaxVio {max(record['max_violation'], default=0.0):.2f}, "
-        f"{record['tokens_per_second']:,.0f} tokens/s", refresh=False,
-    )  # fmt: skip
-    bar.update()

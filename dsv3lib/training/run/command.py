@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from tqdm.auto import tqdm
 
 from ...config import ModelConfig
 from ...devices import HELP, find_device
@@ -23,7 +22,6 @@ from ...model import DeepSeekV3
 from ...terminal import plain_console
 from ..loop.balance import DEFAULT_SPEED, PAPER_SPEED, WAYS, balance_settings
 from ..loop.comparison import compare, comparison_table
-from ..loop.evaluate import Evaluation
 from ..loop.settings import TrainingConfig
 from ..loop.trainer import Record, Trainer
 from ..text.data import DEFAULT_FIM_RATE, PackedStream
@@ -31,8 +29,9 @@ from ..text.folder import open_domains
 from ..text.full_text import FULL_WEIGHTS
 from ..text.mixture import MAX_PASSES, cap_passes
 from ..text.tokenizer import Tokenizer, default_tokenizer, train_tokenizer
-from . import extension_command
+from . import extension_command, parallel_command
 from . import folder as run_folder
+from .progress import LINES, Lines, conclude, introduce
 
 PRESETS = ("nano", "tiny", "tiny-v3")
 TEXTS = ("full", "small")
@@ -42,12 +41,10 @@ DEFAULT_SEQUENCE_LENGTH = 128
 # sequences a step, 5.84 growing from 2 to 8, 5.86 with 8; with 8, 5.93 at 4e-3.
 DEFAULT_BATCH_SIZE = 4
 EXIT_INTERRUPTED = 130
-_LINES = 12  # how many lines of losses a run prints, about
-_SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS, _TEMPERATURE = 3, 12, 48, 0.7
 # Which of the command's options are fields of TrainingConfig, under the same name.
 _TRAINING_OPTIONS = (
-    "steps", "tokens", "minutes", "seed", "batch_size", "learning_rate", "warmup_steps", "bias_speed",
-    "aux_loss_alpha", "mtp_loss_weight", "checkpoint_every", "validate_every", "threads", "fp8",
+    "steps", "tokens", "minutes", "seed", "batch_size", "batch_size_start", "learning_rate", "warmup_steps",
+    "bias_speed", "aux_loss_alpha", "mtp_loss_weight", "checkpoint_every", "validate_every", "threads", "fp8",
 )  # fmt: skip
 
 
@@ -105,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="between validations (at the end)")
     run.add_argument("--threads", type=int, help="threads on the CPU")
     run.add_argument("--device", help=HELP)
+    parallel_command.add_arguments(parser)
     extension_command.add_arguments(parser)
 
 
@@ -120,12 +118,16 @@ def run(args: argparse.Namespace) -> int:
     """
     console = plain_console()
     if extension_command.is_meant(args):
-        return extension_command.run(args, console, lambda trainer: [_Lines(trainer)])
+        return extension_command.run(args, console, lambda trainer: [Lines(trainer)])
+    if parallel_command.is_meant(args):
+        return parallel_command.run(args)
     if len(args.balance or ()) > 1:
         return _compare(args, console)
-    trainer = _resumed(args) if args.resume else _begun(args, console)
-    _introduce(console, trainer)
-    end = trainer.run(callbacks=[_Lines(trainer)], progress=sys.stderr.isatty())
+    if not args.resume:
+        run_folder.refuse_existing(folder_of(args))
+    trainer = make_trainer(args, console)
+    introduce(console, trainer)
+    end = trainer.run(callbacks=[Lines(trainer)], progress=sys.stderr.isatty())
     if end["reason"] == "interrupted":
         console.print(
             f"Stopped after step {end['step']}; all is saved. Go on with:\n"
@@ -135,20 +137,29 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     if trainer.validation is None and trainer.config.validation_batches:
         trainer.validate()  # the run was finished before: its model is measured again
-    _conclude(console, trainer)
+    conclude(console, trainer)
     return 0
 
 
 # ---- making the trainer ----------------------------------------------------------------------------------
 
 
-def _begun(args: argparse.Namespace, console: Console) -> Trainer:
-    if args.preset and args.config:
-        raise ConfigError(
-            f"--config: {args.config!r} given beside --preset {args.preset}, expected one of them"
-        )
-    out = Path(args.out or Path("runs") / (args.preset or "tiny"))
-    run_folder.refuse_existing(out)
+def make_trainer(args: argparse.Namespace, console: Console, make: Callable[..., Trainer] = Trainer) -> Trainer:
+    """The trainer that the options ask for: of a new run, or of the one to be resumed.
+
+    Args:
+        args: the options. console: for notes. make: called as ``Trainer`` is.
+    """
+    return _resumed(args, make) if args.resume else _begun(args, console, make)
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of a new run."""
+    return Path(args.out or Path("runs") / (args.preset or "tiny"))
+
+
+def config_of(args: argparse.Namespace) -> TrainingConfig:
+    """The training settings of a new run."""
     options = {name: getattr(args, name) for name in _TRAINING_OPTIONS if getattr(args, name) is not None}
     if not {"steps", "tokens", "minutes"} & options.keys():
         options["minutes"] = DEFAULT_MINUTES
@@ -156,20 +167,30 @@ def _begun(args: argparse.Namespace, console: Console) -> Trainer:
     options["bf16_moments"] = options.get("fp8", "none") != "none"
     if args.balance:
         options |= balance_settings(args.balance[0], args.bias_speed, args.aux_loss_alpha)
-    config = TrainingConfig(**options)
+    return TrainingConfig(**options)
+
+
+def model_config_of(args: argparse.Namespace) -> ModelConfig:
+    """The model of a new run, its vocabulary aside, which is the tokenizer's."""
+    found = ModelConfig.from_json(args.config) if args.config else ModelConfig.preset(args.preset or "tiny")
+    return found.replace(num_nextn_predict_layers=0) if args.no_mtp else found
+
+
+def _begun(args: argparse.Namespace, console: Console, make: Callable[..., Trainer]) -> Trainer:
+    if args.preset and args.config:
+        raise ConfigError(
+            f"--config: {args.config!r} given beside --preset {args.preset}, expected one of them"
+        )
+    config = config_of(args)
     model, stream, source = _model_and_text(args, config, console)
-    return Trainer(model, stream, config, out=out, source=source)
+    return make(model, stream, config, out=folder_of(args), source=source)
 
 
 def _model_and_text(
     args: argparse.Namespace, config: TrainingConfig, console: Console
 ) -> tuple[DeepSeekV3, PackedStream, dict[str, Any]]:
     """A fresh model and a fresh stream of text, as the options say, and where the text came from."""
-    model_config = (
-        ModelConfig.from_json(args.config) if args.config else ModelConfig.preset(args.preset or "tiny")
-    )
-    if args.no_mtp:
-        model_config = model_config.replace(num_nextn_predict_layers=0)
+    model_config = model_config_of(args)
     data = None if args.data is None else str(Path(args.data).resolve())
     source = {"data": data, "without": list(args.without or ()), "text": _or(args.text, TEXTS[0])}
     domains, notes = open_domains(data, source["without"], text=source["text"])
@@ -217,7 +238,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     def tell(way: str, record: Record) -> None:
-        every = max(1, (config.steps or _LINES) // _LINES)
+        every = max(1, (config.steps or LINES) // LINES)
         if record["step"] % every == 0 or record["step"] == 1:
             console.print(
                 f"{way:9} step {record['step']:>5} loss {record['losses']['main']:.3f}  "
@@ -230,7 +251,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _resumed(args: argparse.Namespace) -> Trainer:
+def _resumed(args: argparse.Namespace, make: Callable[..., Trainer]) -> Trainer:
     """The trainer of a recorded run. Options given again are held against the record by ``Trainer``."""
     if args.out is not None and Path(args.out) != Path(args.resume):
         raise ConfigError(f"--out: {args.out!r} given beside --resume {args.resume}, expected one of them")
@@ -271,7 +292,7 @@ def _resumed(args: argparse.Namespace) -> Trainer:
         # With other domains the run is another one; ``Trainer`` says so.
         weights=shares if shares.keys() == {domain.name for domain in domains} else None,
     )
-    return Trainer(_fresh_model(model_config, config.seed, args.device), stream, config, out=out, resume=True)
+    return make(_fresh_model(model_config, config.seed, args.device), stream, config, out=out, resume=True)
 
 
 def _tokenizer_for(data: str | None, domains: list, vocab_size: int, notes: list[str]) -> Tokenizer:
@@ -304,95 +325,3 @@ def _tokens_of(config: TrainingConfig, sequence_length: int) -> int | None:
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-# ---- what is printed -------------------------------------------------------------------------------------
-
-
-def _introduce(console: Console, trainer: Trainer) -> None:
-    counts, config = trainer.model.parameter_counts(), trainer.config
-    length = f"{trainer.total_steps} steps" if trainer.total_steps else f"{config.minutes:g} minutes"
-    console.print(
-        f"DeepSeek-V3, {counts['main'] / 1e6:.1f}M parameters ({counts['active'] / 1e6:.1f}M active a token), "
-        f"MTP {counts['mtp'] / 1e6:.1f}M more, on {trainer.device.type}, {config.threads} threads\n"
-        f"text: {', '.join(trainer.stream.domain_names)}\n"
-        f"{length}, {config.batch_size} x {trainer.stream.seq_len} tokens a step, run folder {trainer.out}",
-        highlight=False,
-    )
-    if trainer.steps_done:
-        console.print(f"resumed after step {trainer.steps_done}", highlight=False)
-
-
-class _Lines:
-    """Prints a line of losses about a dozen times a run, above the progress bar."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._next = trainer.steps_done + 1
-        self._exhausted = {n for n, passes in trainer.stream.passes().items() if passes > MAX_PASSES}
-
-    def __call__(self, trainer: Trainer, record: Record) -> None:
-        for name, passes in trainer.stream.passes().items():
-            if passes > MAX_PASSES and name not in self._exhausted:
-                self._exhausted.add(name)
-                tqdm.write(
-                    f"domain {name} is exhausted: read {MAX_PASSES:g} times, more of it teaches little",
-                    sys.stdout,
-                )
-        step, total = record["step"], trainer.total_steps
-        if step < self._next and step != total:
-            return
-        self._next = step + max(1, (total or trainer.config.warmup_steps * _LINES // 2) // _LINES)
-        parts = [f"{name} {value:.3f}" for name, value in record["losses"].items() if name != "balance"]
-        tqdm.write(
-            f"step {step:>5}{f'/{total}' if total else '':6} loss {record['loss']:.3f}  {'  '.join(parts)}  "
-            f"MaxVio {max(record['max_violation'], default=0.0):.2f}  lr {record['learning_rate']:.1e}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
-
-
-def _conclude(console: Console, trainer: Trainer) -> None:
-    if trainer.validation is not None and trainer.validation.domains:
-        console.print(validation_table(trainer.validation))
-    for name, prompt, written in samples(trainer):
-        console.print(Text.assemble((f"\n{name}: ", "bold"), (prompt, "dim"), written))
-    model = shlex.quote(str(trainer.out / run_folder.MODEL_FOLDER))
-    console.print(f"\nThe model is in {model}; let it write: dsv3 generate {model}", highlight=False)
-
-
-def validation_table(evaluation: Evaluation) -> Table:
-    """Loss and bits per byte by domain, as a table."""
-    table = Table(title="validation, on documents that training never saw")
-    for heading in ("domain", "loss (nats per token)", "bits per byte", "tokens"):
-        table.add_column(heading, justify="left" if heading == "domain" else "right")
-    for name, domain in evaluation.domains.items():
-        table.add_row(name, f"{domain.loss:.3f}", f"{domain.bits_per_byte:.3f}", f"{domain.tokens:,}")
-    table.add_row(
-        "all", f"{evaluation.loss:.3f}", "", f"{sum(d.tokens for d in evaluation.domains.values()):,}"
-    )
-    return table
-
-
-def samples(trainer: Trainer) -> list[tuple[str, str, str]]:
-    """What the model writes after the first words of validation documents: (domain, prompt, continuation)."""
-    found, stream = [], trainer.stream
-    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
-    for name in stream.domain_names:
-        batches = stream.validation_batches(name, 1, 1)
-        if not batches or len(found) == _SAMPLES:
-            continue
-        prompt = batches[0].input_ids[:, :_PROMPT_TOKENS].to(trainer.device)
-        ids = trainer.model.generate(
-            prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE, generator=generator,
-            stop_tokens=[stream.tokenizer.eos_id],
-        )  # fmt: skip
-        both = ids[0].tolist()
-        found.append(
-            (
-                name,
-                stream.tokenizer.decode(both[:_PROMPT_TOKENS]),
-                stream.tokenizer.decode(both[_PROMPT_TOKENS:]),
-            )
-        )
-    return found

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
 TOKENIZER_FOLDER = "tokenizer"
 _ABSENT = object()
-_COMPARED = ("training", "model", "stream", "initial_weights")
+_COMPARED = ("training", "model", "stream", "microbatches", "initial_weights")
 
 
 def describe_run(
@@ -152,8 +153,9 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
     """
     # A setting that is younger than the run has the value there that it has by default.
     recorded = recorded | {"training": recorded_config(recorded).to_dict()}
+    recorded, now = ({**one, "microbatches": _microbatches(one)} for one in (recorded, now))
     for part in _COMPARED if with_weights else _COMPARED[:-1]:
-        difference = _first_difference(recorded.get(part), now[part], part)
+        difference = first_difference(recorded.get(part), now[part], part)
         if difference is not None:
             name, *values = difference
             then, here = ("nothing of that name" if v is _ABSENT else repr(v) for v in values)
@@ -163,10 +165,27 @@ def refuse_another_run(recorded: dict[str, Any], now: dict[str, Any], with_weigh
             )
 
 
-def _first_difference(then: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
+def warn_of_other_versions(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say which libraries are others than when the run was begun."""
+    for name, then in recorded["versions"].items():
+        if now["versions"].get(name) != then:
+            warnings.warn(
+                f"{name} was {then} when the run was begun and is {now['versions'].get(name)}: "
+                "losses may differ in their last digits",
+                stacklevel=5,
+            )
+
+
+def _microbatches(described: dict[str, Any]) -> int:
+    """In how many parts a step's batch is computed: each part's loss is a mean of its own."""
+    return (described.get("parallel") or {}).get("microbatches", 1)
+
+
+def first_difference(then: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
+    """The first field in which two descriptions differ: its name and both values; ``None`` where they agree."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in [*then, *(key for key in now if key not in then)]:
-            found = _first_difference(then.get(key, _ABSENT), now.get(key, _ABSENT), f"{name}.{key}")
+            found = first_difference(then.get(key, _ABSENT), now.get(key, _ABSENT), f"{name}.{key}")
             if found is not None:
                 return found
         return None

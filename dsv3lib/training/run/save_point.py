@@ -44,7 +44,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         SaveError: the disk is full or cannot be written; what stood at ``target`` is intact.
     """
-    unfinished = target.with_name(f"{_UNFINISHED}{target.name}")
+    unfinished = unfinished_folder(target)
     outdated = target.with_name(f"{_UNFINISHED}old-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             "fix the folder's permissions, then resume the run"
         ) from error
     shutil.rmtree(outdated, ignore_errors=True)
+
+
+def unfinished_folder(target: Path) -> Path:
+    """Where ``write_folder`` writes until all is there."""
+    return target.with_name(f"{_UNFINISHED}{target.name}")
 
 
 def savepoint_folder(run: Path, step: int) -> Path:

@@ -24,12 +24,17 @@ _STATE, _OPTIMIZER, _AVERAGE, _RANDOM = (
 
 def save_state(trainer: Trainer, folder: Path) -> None:
     """Write moments, masters, averaged weights, the generators' states, the text's place and the counters."""
-    random_tensors, random_values = save_point.random_state()
     save_point.save_tensors(folder / _OPTIMIZER, trainer.optimizer.state_tensors())
+    if trainer.average is not None:
+        save_point.save_tensors(folder / _AVERAGE, trainer.average.tensors)
+    save_counters(trainer, folder)
+
+
+def save_counters(trainer: Trainer, folder: Path) -> None:
+    """Write what is small: the generators' states, the text's place and the counters."""
+    random_tensors, random_values = save_point.random_state()
     save_point.save_tensors(folder / _RANDOM, random_tensors)
     average = trainer.average
-    if average is not None:
-        save_point.save_tensors(folder / _AVERAGE, average.tensors)
     state = {
         "step": trainer.steps_done,
         "tokens": trainer.tokens_seen,
@@ -57,17 +62,24 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     except (CheckpointError, ConfigError) as error:
         raise save_point.damaged(folder, error) from error
     folder = folder / STATE_FOLDER
+    copy_exactly(trainer.model.state_dict(), model.state_dict(), f"{folder.parent}: model")
+    trainer.optimizer.load_state_tensors(save_point.load_tensors(folder / _OPTIMIZER), trainer.optimizer.count)
+    if trainer.average is not None:
+        copy_exactly(trainer.average.tensors, save_point.load_tensors(folder / _AVERAGE), f"{folder}: average")
+    load_counters(trainer, folder)
+
+
+def load_counters(trainer: Trainer, folder: Path) -> None:
+    """Put back what ``save_counters`` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or damaged. DataError: the text has changed.
+    """
     state = save_point.load_json(folder / _STATE)
     random_tensors = save_point.load_tensors(folder / _RANDOM)
     try:
-        copy_exactly(trainer.model.state_dict(), model.state_dict(), f"{folder.parent}: model")
-        trainer.optimizer.load_state_tensors(
-            save_point.load_tensors(folder / _OPTIMIZER), state["optimizer_count"]
-        )
+        trainer.optimizer.count = state["optimizer_count"]
         if trainer.average is not None:
-            copy_exactly(
-                trainer.average.tensors, save_point.load_tensors(folder / _AVERAGE), f"{folder}: average"
-            )
             trainer.average.count = state["average_count"]
         trainer.stream.load_state_dict(state["stream"])
         save_point.set_random_state(random_tensors, state["random"])

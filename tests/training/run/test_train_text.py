@@ -26,7 +26,7 @@ SHORT = (
 def begun(tmp_path, monkeypatch):
     """`dsv3 train` without the validation at its end, which is most of so short a run."""
     monkeypatch.setattr("dsv3lib.training.loop.trainer.Trainer.validate", lambda self: None)
-    monkeypatch.setattr("dsv3lib.training.run.command._conclude", lambda *args: None)
+    monkeypatch.setattr("dsv3lib.training.run.command.conclude", lambda *args: None)
     out = tmp_path / "run"
 
     def train(*options):
