@@ -1,8 +1,6 @@
 """What the ranks of the pipeline's tests do; imported by their processes, which do not run under pytest."""
 
 import os
-import time
-from pathlib import Path
 
 import torch
 
@@ -112,21 +110,3 @@ def plain(case):
             update_bias(router, of_router, SPEED)
         steps.append((total, norm, dict(zip(config().moe_layers, load.tolist(), strict=True))))
     return {"steps": steps, "weights": {name: p.detach() for name, p in model.named_parameters()}}
-
-
-def fault(rank, kind, who, moment, begun):
-    """A run in which one rank raises at a moment, or all go on until somebody does something to one of them."""
-    done = 0
-
-    def tell(doing):
-        nonlocal done
-        rank.tell(doing)
-        done += 1
-        if rank.rank == who:
-            Path(begun).touch()
-        time.sleep(0.02)
-        if kind == "raise" and rank.rank == who and done == moment:
-            raise ValueError("made on purpose")
-
-    while True:
-        train(rank.links, ("dualpipe", 2, 1, 4, False, "none", True), tell)

@@ -3,17 +3,12 @@
 import itertools
 import json
 import os
-import random
-import re
-import signal
-import threading
-import time
 
 import pipeline_work as work
 import pytest
 import torch
 
-from dsv3lib.errors import ConfigError, TrainingError
+from dsv3lib.errors import ConfigError
 from dsv3lib.pipeline import SCHEDULES, schedule, simulate
 from dsv3lib.pipeline.dependencies import Dependencies
 from dsv3lib.pipeline.runtime.layout import Layout, parts_of_ranks
@@ -153,46 +148,6 @@ def test_a_forgotten_direction_is_seen():
 
     with pytest.raises(AssertionError):
         _agrees_with_the_plain_model(case, in_threads(2, forget), work.plain(case))
-
-
-@pytest.mark.parametrize("kind", ["kill", "stop", "raise"])
-def test_a_fault_ends_the_run_and_is_named(kind, tmp_path):
-    moments = random.Random(os.environ.get("DSV3_FAULT_SEED", kind))
-    for number in range(int(os.environ.get("DSV3_FAULTS", 1))):
-        who, struck, pids = moments.randrange(2), [], []
-        begun, wait, moment = tmp_path / str(number), moments.uniform(0.0, 3.0), moments.randrange(3, 30)
-
-        def on_start(started, who=who, struck=struck, pids=pids, begun=begun, wait=wait):
-            pids += started
-            if kind != "raise":
-                sign = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
-
-                def strike():
-                    while not begun.exists():  # the ranks are at work, however long their imports took
-                        time.sleep(0.05)
-                    time.sleep(wait)
-                    struck.append(time.monotonic())
-                    os.kill(started[who], sign)
-
-                striker = threading.Thread(target=strike)
-                striker.daemon = True
-                striker.start()
-
-        with pytest.raises(TrainingError, match=f"rank {who} ") as caught:
-            arguments = [kind, who, moment, str(begun)]
-            launch(
-                2,
-                f"{work.__name__}:fault",
-                arguments,
-                timeout=100,
-                on_start=on_start,
-            )
-        assert re.search(r"during \S+", str(caught.value))
-        if struck:
-            assert time.monotonic() - struck[0] < 15
-        for pid in pids:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
 
 
 def test_bad_layouts_are_refused_before_a_process_starts():
