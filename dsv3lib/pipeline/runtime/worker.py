@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...errors import ConfigError
 from .links import GlooLinks
 from .status import Status
 
@@ -53,8 +54,18 @@ def join(timeout: timedelta = TIMEOUT) -> Rank:
 
     Args:
         timeout: of every exchange.
+
+    Raises:
+        ConfigError: there is no meeting at that address and port.
     """
-    dist.init_process_group("gloo", timeout=timeout)
+    try:
+        dist.init_process_group("gloo", timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"{where}: the ranks cannot meet there ({str(error).splitlines()[0]}); is the port in use, or are ranks "
+            "missing? Give torchrun another --master-port"
+        ) from error
     return Rank(dist.get_rank(), dist.get_world_size())
 
 

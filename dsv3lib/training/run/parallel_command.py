@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import shlex
 import signal
 import sys
@@ -154,6 +155,7 @@ def _fewest(name: str, layout: Layout) -> int:
 
 
 def _as_torchrun_says(args: argparse.Namespace, parallel: Parallel) -> int:
+    parallel.layout.refuse_world(int(os.environ.get("WORLD_SIZE", "1")))
     member = worker.join()
     try:
         reason = train_rank(member, vars(args), parallel.to_dict())

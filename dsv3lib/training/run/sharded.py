@@ -1,6 +1,6 @@
 """Save points of a run over several ranks: each writes what it holds, any other layout reads it.
 
-    RUN/checkpoints/step-…/shard-0000k-….safetensors     the model's tensors that rank k wrote, with official names
+    RUN/checkpoints/step-…/model-0000k-of-….safetensors  the model's tensors that rank k wrote, with official names
     RUN/checkpoints/step-…/model.safetensors.index.json  which file holds which: so it is a model folder like any other
     RUN/checkpoints/step-…/training/moments/shard-…      moments, masters and averaged weights, by the same names
 
@@ -139,13 +139,17 @@ def read_model(model: DeepSeekV3, folder: Path) -> None:
 
 
 def write_index(folder: Path) -> None:
-    """Say in the usual index which shard holds which tensor of a model.
+    """Give a model's shards the usual names, and say in the usual index which holds which tensor.
+
+    Under the names that DCP gives them transformers would take the folder for a checkpoint of its own trainer.
 
     Args:
         folder: of the shards.
     """
     weight_map, total = {}, 0
-    for path in sorted(folder.glob(_SHARDS)):
+    written = sorted(folder.glob(_SHARDS))
+    for number, before in enumerate(written, start=1):
+        path = before.rename(folder / f"model-{number:05d}-of-{len(written):05d}.safetensors")
         with safe_open(path, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), path.name)
         with path.open("rb") as file:
