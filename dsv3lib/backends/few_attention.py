@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .token_weights import matmul
 from .weight_copies import Array
 
 # Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
@@ -46,15 +47,17 @@ def _attend(q: Array, past: Array, rank: int) -> Array:
     pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
     q = q.reshape(rows, latent_dim)
     p = np.empty((whole + 1, rows, piece + n_new - 1), q.dtype)
-    np.matmul(q, pieces.transpose(0, 2, 1), out=p[:whole, :, :piece])
-    np.matmul(q, rest.T, out=p[whole, :, :left])
+    matmul(q, pieces.transpose(0, 2, 1), p[:whole, :, :piece])
+    matmul(q, rest.T, p[whole, :, :left])
     p[:whole, :, piece:] = -np.inf
     p[whole, :, left:] = -np.inf
     hide_what_comes_later(p[whole].reshape(n_new, heads, -1)[:, :, :left])
     p -= p.max(0).max(1, keepdims=True)
     np.exp(p, p)
-    u = np.matmul(p[:whole, :, :piece], pieces[..., :rank]).sum(0)
-    u += p[whole, :, :left] @ rest[:, :rank]
+    seen = np.empty((whole + 1, rows, rank), q.dtype)
+    matmul(p[:whole, :, :piece], pieces[..., :rank], seen[:whole])
+    matmul(p[whole, :, :left], rest[:, :rank], seen[whole])
+    u = seen.sum(0)
     u /= p.sum(0).sum(1, keepdims=True)
     return u.reshape(n_new, heads, rank)
 
@@ -81,7 +84,7 @@ def by_head(x: Array, weight: Array, out: Array) -> None:
     if len(x) == 1:
         np.vecmat(x[0], weight, out=out[0])
     else:
-        np.matmul(x.transpose(1, 0, 2), weight, out=out.transpose(1, 0, 2))
+        matmul(x.transpose(1, 0, 2), weight, out.transpose(1, 0, 2))
 
 
 def rotated(x: Array, rotations: Array) -> Array:

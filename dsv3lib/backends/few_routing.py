@@ -75,10 +75,10 @@ def route_one(
     allowed = range(len(steered))
     if config.n_group > 1:
         size = len(steered) // config.n_group
-        groups = [allowed[start : start + size] for start in range(0, len(steered), size)]
-        totals = [sum(sorted([steered[i] for i in group])[-2:]) for group in groups]
+        starts = range(0, len(steered), size)
+        totals = [sum(sorted(steered[start : start + size])[-2:]) for start in starts]
         kept = sorted(range(config.n_group), key=totals.__getitem__, reverse=True)[: config.topk_group]
-        allowed = [i for n in sorted(kept) for i in groups[n]]
+        allowed = [i for n in sorted(kept) for i in range(starts[n], starts[n] + size)]
     chosen = sorted(allowed, key=steered.__getitem__, reverse=True)[: config.num_experts_per_tok]
     gates = [scores[i] for i in chosen]
     scale = config.routed_scaling_factor

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..config import ModelConfig
 from ..layers.block import Block
@@ -22,14 +23,30 @@ from ..layers.mtp import MTPModule
 from ..linear import Linear
 from .weight_copies import Array, WeightReader
 
-ROW_BY_ROW = 8  # tokens: for more, one matrix product is quicker than a matrix-vector product for each
+ROW_BY_ROW = 4  # tokens: for more, one matrix product is quicker than dot products of each
+ONE_THREAD = 2**18  # multiplications, up to which NumPy's BLAS (OpenBLAS) makes a matrix product in one thread
+
+
+def matmul(a: Array, b: Array, out: Array) -> Array:
+    """a b, by NumPy where that is small, else by torch.
+
+    OpenBLAS wakes threads of its own for a larger product, and waits for each of them: with other programs on the
+    machine, which hold such a thread up, a prompt of 16 tokens was seen to take three seconds. torch's threads are
+    those that ``torch.set_num_threads`` allows, and they sleep as they wait.
+
+    Args:
+        a: [..., N, I].
+        b: [..., I, O].
+        out: where to, [..., N, O].
+    """
+    if a.shape[-2] * a.shape[-1] * b.shape[-1] <= ONE_THREAD:
+        return np.matmul(a, b, out)
+    torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    return out
 
 
 def product(weight: Array, x: Array, out: Array | None = None) -> Array:
-    """x Wᵀ, the weights read from memory once.
-
-    The first token meets them in the order in which they lie, at the memory's pace; the others find them in the
-    processor's cache, where a matrix-vector product is the quickest.
+    """x Wᵀ, the weights read once.
 
     Args:
         weight: W, [O, I].
@@ -39,10 +56,8 @@ def product(weight: Array, x: Array, out: Array | None = None) -> Array:
     if out is None:
         out = np.empty((len(x), len(weight)), x.dtype)
     if len(x) > ROW_BY_ROW:
-        return np.matmul(x, weight.T, out)
-    np.vecdot(weight, x[0], out[0])
-    if len(x) > 1:
-        np.matvec(weight, x[1:], out[1:])
+        return matmul(x, weight.T, out)
+    np.vecdot(weight[:, None], x, out.T)  # matrix-vector products would wake threads
     return out
 
 
