@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("dsv3lib.training.run.command", "train a small DeepSeek-V3 on real text"),
         "watch": Command("dsv3lib.viz.watch_command", "see the experts' load of a run, live in the browser"),
         "generate": Command("dsv3lib.inference.generate_command", "let a trained model write"),
-        "pipeline": Command("dsv3lib.pipeline.command", "plan a training cluster, or show a pipeline schedule"),
+        "pipeline": Command("dsv3lib.pipeline.command", "plan a training cluster; show a schedule, or run it here"),
         "kernels": Command(
             "dsv3lib.kernels.toolchain.command", "compile every GPU kernel and say what its code holds"
         ),

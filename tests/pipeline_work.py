@@ -82,9 +82,13 @@ def all_cases(rank, cases):
 
 
 def references(_, world, cases):
-    """The ranks of every case as threads of one process, and the whole model."""
+    """The ranks of every case as threads of one process, and in FP64 the whole model."""
     return [
-        (in_threads(world, lambda links, case=case: train(lambda _: links, case)), plain(case)) for case in cases
+        (
+            in_threads(world, lambda links, case=case: train(lambda _: links, case)),
+            plain(case) if case[5] == "none" else None,
+        )
+        for case in cases
     ]
 
 

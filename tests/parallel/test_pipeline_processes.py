@@ -25,8 +25,8 @@ CASES = {
         ("dualpipev", 2, 1, 4, False, "tile", False),
     ],
     4: [
-        ("gpipe", 4, 1, 4, False, "tile", True), ("1f1b", 4, 1, 6, True, "tile", False),
-        ("interleaved", 4, 1, 8, False, "tile", False), ("zb1p", 4, 1, 6, False, "none", False),
+        ("gpipe", 4, 1, 2, False, "tile", True), ("1f1b", 4, 1, 3, True, "tile", False),
+        ("interleaved", 4, 1, 4, False, "tile", False), ("zb1p", 4, 1, 6, False, "none", False),
         ("zbv", 2, 2, 4, True, "tile", False), ("dualpipe", 4, 1, 8, True, "tile", False),
         ("dualpipe", 2, 2, 4, False, "none", False), ("dualpipev", 4, 1, 8, True, "none", True),
     ],
