@@ -163,7 +163,7 @@ def test_bad_numbers_are_refused_before_anything_starts():
     with pytest.raises(ConfigError, match="multiple of dp=3"):
         Parallel(Layout(2, 3), "1f1b", 8).refuse(work.MODEL, work.settings(), 16)
     with pytest.raises(ConfigError, match="ep: 2"):
-        Layout.parse("pp=4,ep=2")
+        Parallel(Layout.parse("pp=2,ep=2"), "1f1b", 8).refuse(work.MODEL, work.settings(), 16)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ turns. Backward computes gradients for inputs alone; those of weights wait in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...layers.operations import PLAIN_OPERATIONS, Operations
 from ...layers.router import balance_loss
 from ...layers.step import Step
 from ...linear import WeightGradients
@@ -52,6 +54,8 @@ class Pass:
         batch: the micro-batch.
         weights: of the loss's parts.
         share: what the micro-batch's loss counts in the step's, 1 / (number of micro-batches).
+        backend: who computes; expert parallelism where experts lie on several ranks (``Engine.backend``).
+        label: of the micro-batch, for the trace.
 
     Attributes:
         output: the stage's last activation, cut off; ``None`` at the model's end.
@@ -59,11 +63,21 @@ class Pass:
         losses: at the end, "main", "mtp_k"; everywhere "balance" of each mixture layer, by its index.
         loads: visits of each row's tokens to each expert, [B, E], by the layer's index.
         later: the weights' products, between I and W.
+        stages: (label and stage, start, end) of each stage of a block, "↤" for backward; seconds of the wall clock.
     """
 
     def __init__(
-        self, model: DeepSeekV3, part: Part, batch: MicroBatch, weights: LossWeights, share: float
+        self,
+        model: DeepSeekV3,
+        part: Part,
+        batch: MicroBatch,
+        weights: LossWeights,
+        share: float,
+        backend: Operations = PLAIN_OPERATIONS,
+        label: str = "",
     ) -> None:
+        self.backend, self.label = backend, label
+        self.stages: list[tuple[str, float, float]] = []
         self.model, self.part, self.batch, self.weights, self.share = model, part, batch, weights, share
         self.output: Tensor | None = None
         self.grad_input: Tensor | None = None
@@ -85,14 +99,13 @@ class Pass:
         """
         if self.part.first:
             self._embedded = x = embed(self.model, self.batch.input_ids)
-        step = Step(
-            self.model.rope.table(x.shape[1], x), recompute=Recompute() if self.model.recompute else None
-        )
+        recompute = Recompute() if self.model.recompute else None
+        step = Step(self.model.rope.table(x.shape[1], x), recompute=recompute, backend=self.backend)
         for layer in self.part.blocks:
             run = StagedBlock(self.model.model.layers[layer], x, step)
             self._runs.append(run)
             for _ in STAGES:
-                yield run.forward()
+                yield self._timed(run.forward)
             x, routing = run.output
             if routing is not None:
                 self._count(layer, routing.indices)
@@ -101,6 +114,12 @@ class Pass:
             self._end(x, step)
         else:
             self.output = x.detach()
+
+    def _timed(self, stage: Callable[..., str], *grad: Tensor | None) -> str:
+        begun = time.time()
+        name = stage(*grad) + ("↤" if grad else "")
+        self.stages.append((f"{self.label} {name}", begun, time.time()))
+        return name
 
     def _weigh(self, layer: int, routing) -> None:
         if not self.weights.balance:
@@ -162,7 +181,7 @@ class Pass:
         while self._runs:
             run = self._runs.pop()
             for _ in STAGES:
-                yield run.backward(grad)
+                yield self._timed(run.backward, grad)
             grad = run.grad_input
         if self.part.first:
             self._embedded.backward(grad)

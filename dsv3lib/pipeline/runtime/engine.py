@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from ..actions import Action, Schedule
 from ..dependencies import Dependencies
 from ..validation import validate
 from .chunk import MicroBatch, Pass, finish, overlap
-from .layout import Layout, parts_of_ranks
+from .experts import ExpertStep, SpreadExperts, backend_of
+from .layout import Layout, Part, is_expert, parts_of_ranks
 from .links import Links
 
 Span = tuple[str, float, float]
@@ -46,6 +48,8 @@ class StepResult:
         peak_passes: most micro-batches whose saved tensors this rank held at once.
         spans: when this rank did what; an action begins when what it needs has arrived.
         cpu: seconds of this rank's processor that each of them took, which other processes do not lengthen.
+        stages: what this rank computed when, block stage by block stage ("0.3 attention↤").
+        experts: traffic and load of experts that are spread over ranks; ``None`` where ep is 1.
     """
 
     loss: float
@@ -57,25 +61,32 @@ class StepResult:
     peak_passes: int
     spans: list[Span] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    experts: ExpertStep | None = None
 
 
 def groups_of(
     model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int, costs: Sequence[float | int] | None = None
 ) -> list[tuple[int, ...]]:
-    """All sets of ranks that hold the same parameters, for ``GlooLinks``."""
-    return sorted(set(_holders(model, schedule, layout, sequence, costs).values()))
+    """All sets of ranks that exchange, for ``GlooLinks``: holders of the same parameters, and groups of experts."""
+    cut = parts_of_ranks(model.config, schedule, sequence, costs)
+    sets = {ranks for rank in range(layout.ep) for ranks in _holders(model, layout, cut, rank).values()}
+    for rank in range(layout.world if layout.ep > 1 else 0):
+        group = layout.expert_group(rank)
+        sets |= {group.across(rank), group.within(rank)}
+    return sorted(sets)
 
 
 def _holders(
-    model: DeepSeekV3, schedule: Schedule, layout: Layout, sequence: int, costs: Sequence[float | int] | None
+    model: DeepSeekV3, layout: Layout, cut: Sequence[dict[int, Part]], rank: int
 ) -> dict[str, tuple[int, ...]]:
-    parts = parts_of_ranks(model.config, schedule, sequence, costs)
+    """Who holds a copy of each parameter; of experts, of the same ones as a rank."""
     return {
         name: tuple(
-            replica * layout.pp + stage
-            for replica in range(layout.dp)
-            for stage, chunks in enumerate(parts)
-            if any(part.holds(name, model.config) for part in chunks.values())
+            other
+            for other in range(layout.world)
+            if any(part.holds(name, model.config) for part in cut[layout.stage(other)].values())
+            and (not is_expert(name) or other % layout.ep == rank % layout.ep)
         )
         for name, _ in model.named_parameters()
     }
@@ -92,12 +103,15 @@ class Engine:
         sequence: tokens of a sequence, for the cut.
         tell: is called with each action before it begins (for whoever watches the processes).
         costs: of each piece of the model, for the cut, the same on every rank; by default its operations.
+        at_once: wait for each all-to-all where it is launched: the slow twin, with the same numbers.
 
     Attributes:
-        parameters: this rank's own, under the whole model's names.
+        parameters: this rank's own, under the whole model's names; of stacked experts ``layout.experts(rank)`` alone.
+        replica: whose micro-batches it works on, one of ``layout.replicas``.
+        experts: this rank's share of them where ep > 1; ``backend_of(experts)`` is a ``Pass``'s backend.
 
     Raises:
-        ConfigError: the world does not fit the layout, the layout not the schedule, or the ranks' models differ.
+        ConfigError: the world does not fit the layout, the layout not schedule or experts, or the ranks' models differ.
         ScheduleError: the schedule cannot run.
     """
 
@@ -110,29 +124,34 @@ class Engine:
         sequence: int = 4096,
         tell: Callable[[str], None] = lambda action: None,
         costs: Sequence[float | int] | None = None,
+        at_once: bool = False,
     ) -> None:
         layout.refuse_world(links.world)
+        layout.cluster(model.config)
         if schedule.stages != layout.pp:
             raise ConfigError(f"pp: {layout.pp}, expected {schedule.stages}, the ranks of {schedule.name!r}")
         validate(schedule)
         self.model, self.schedule, self.layout, self.links, self.tell = model, schedule, layout, links, tell
-        self.stage = links.rank % layout.pp
-        self.replica = links.rank // layout.pp
+        self.stage, self.replica = layout.stage(links.rank), layout.replica(links.rank)
         self.graph = Dependencies.of(schedule)
-        self.parts = parts_of_ranks(model.config, schedule, sequence, costs)[self.stage]
-        self.holders = _holders(model, schedule, layout, sequence, costs)
-        self._refuse_other_models()
+        cut = parts_of_ranks(model.config, schedule, sequence, costs)
+        self.parts = cut[self.stage]
+        self.holders = _holders(model, layout, cut, links.rank)
+        self._refuse_other_models(cut)
         self.deferred = DeferredWeightGradients(model.recipe)
         set_recipe(model, self.deferred)  # before the cut: recipes are chosen by the whole model's names
         self._let_go()
+        self.experts = None
+        if layout.ep > 1:
+            self.experts = SpreadExperts(model, layout, links, self.deferred.recipe, at_once)
         self.parameters = dict(model.named_parameters())
         self._passes: dict[tuple[int, int], Pass] = {}
         self._local: dict[tuple, Tensor] = {}
 
-    def _refuse_other_models(self) -> None:
+    def _refuse_other_models(self, cut: Sequence[dict[int, Part]]) -> None:
         """Ranks with other configurations, weights or schedules would train something that nobody asked for."""
         weights = sum(p.detach().double().abs().sum().item() for p in self.model.parameters())
-        mine = (self.model.config.to_dict(), self.schedule.rows(), self.holders, weights)
+        mine = (self.model.config.to_dict(), self.schedule.rows(), cut, weights)
         for rank, other in enumerate(self.links.gather_objects(mine)):
             names = ("configuration", "schedule", "cut", "weights")
             for what, here, there in zip(names, mine, other, strict=True):
@@ -175,10 +194,13 @@ class Engine:
         weights = self.model.loss_weights if weights is None else weights
         self._batches, self._weights = batches, weights
         self._done: dict[tuple[int, int, int], Pass] = {}
-        self._share = 1.0 / (sum(counts) * self.layout.dp)
+        self._share = 1.0 / (sum(counts) * self.layout.replicas)
         for parameter in self.parameters.values():
             parameter.grad = None
         peak, spans, cpu = 0, [], []
+        self._stages: list[Span] = []
+        if self.experts is not None:
+            self.experts.begin()
         for action in self.schedule.actions[self.stage]:
             self.tell(str(action))
             self._began, worked = time.time(), time.thread_time()
@@ -223,14 +245,16 @@ class Engine:
     def _begin(self, action: Action) -> Pass:
         route, depth = self.graph.places[self.stage, action.direction]
         batch = self._batches[route][action.microbatch]
-        new = Pass(self.model, self.parts[action.direction], batch, self._weights, self._share)
+        label, part = f"{action.direction}.{action.microbatch}", self.parts[action.direction]
+        backend = backend_of(self.experts, label)
+        new = Pass(self.model, part, batch, self._weights, self._share, backend, label)
         self._passes[action.direction, action.microbatch] = new
         self._most = len(self._passes)
         self._done[route, action.microbatch, depth] = new
         return new
 
     def _end(self, action: Action) -> None:
-        del self._passes[action.direction, action.microbatch]
+        self._stages += self._passes.pop((action.direction, action.microbatch)).stages
 
     # ---- activations and gradients on their way --------------------------------------------------------
 
@@ -261,7 +285,7 @@ class Engine:
             self.links.send(value, self._rank(ranks[target]), self._tag(forward, route, depth))
 
     def _rank(self, stage: int) -> int:
-        return self.replica * self.layout.pp + stage
+        return self.layout.rank(stage, self.replica)
 
     def _tag(self, forward: bool, route: int, depth: int) -> int:
         return 2 * (route * len(self.graph.places) + depth) + forward + 1
@@ -300,16 +324,16 @@ class Engine:
             The norm before.
         """
         mine = {
-            name: torch.linalg.vector_norm(p.grad).item()
+            (name, self.links.rank % self.layout.ep * is_expert(name)): torch.linalg.vector_norm(p.grad).item()
             for name, p in self.parameters.items()
             if self.holders[name][0] == self.links.rank  # each parameter counts once
         }
-        norms: dict[str, float] = {}
+        norms: dict[tuple[str, int], float] = {}  # by name, and whose share of the experts
         for others in self.links.gather_objects(mine):
             norms |= others
-        norm = torch.linalg.vector_norm(
-            torch.tensor([norms[name] for name in self.holders], dtype=torch.float64)
-        )
+        place = {name: number for number, name in enumerate(self.holders)}
+        ordered = sorted(norms, key=lambda key: (place[key[0]], key[1]))
+        norm = torch.linalg.vector_norm(torch.tensor([norms[key] for key in ordered], dtype=torch.float64))
         scale = torch.clamp(limit / (norm + 1e-6), max=1.0).item()
         for parameter in self.parameters.values():
             parameter.grad.mul_(scale)
@@ -320,8 +344,8 @@ class Engine:
         self._done = {}
         every = self.links.gather_objects(mine)
         total, parts, rows = 0.0, {}, {}
-        for replica in range(self.layout.dp):
-            ranks = every[replica * self.layout.pp : (replica + 1) * self.layout.pp]
+        for replica in range(self.layout.replicas):
+            ranks = [every[self.layout.rank(stage, replica)] for stage in range(self.layout.pp)]
             merged = {key: value for rank in ranks for key, value in rank.items()}
             for route, of_route in enumerate(self._batches):
                 depths = len(self.graph.ranks[route])
@@ -339,7 +363,10 @@ class Engine:
         by_row = {layer: torch.cat(rows[layer]) for layer in sorted(rows)}
         loads = {layer: counted.sum(0) for layer, counted in by_row.items()}
         of_ranks = [_summed(rank) for rank in every]
-        return StepResult(total, parts, loads, by_row, of_ranks, of_ranks[self.links.rank], peak, spans, cpu)
+        stages = sorted(self._stages, key=itemgetter(1))
+        experts = None if self.experts is None else self.experts.step()
+        own = of_ranks[self.links.rank]
+        return StepResult(total, parts, loads, by_row, of_ranks, own, peak, spans, cpu, stages, experts)
 
     def _assemble(self, losses: dict[str, Tensor], balances: dict[int, Tensor]) -> Tensor:
         """One micro-batch's loss from its parts, in the order in which ``add_losses`` adds them."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .chunk import MicroBatch, Pass, finish
 from .engine import Engine
+from .experts import backend_of
 
 _TAG = 0  # the engine's own tags begin at 1
 
@@ -24,7 +25,7 @@ def forward_only(engine: Engine, batch: MicroBatch) -> tuple[dict[str, float], d
         The loss's parts "main" and "mtp_k", and by layer each expert's visits [E]; the same on every rank.
     """
     places, links, model = engine.schedule.routes[0].places, engine.links, engine.model
-    first_rank = engine.replica * engine.layout.pp
+    layout, replica = engine.layout, engine.replica
     x: Tensor | None = None
     losses: dict[str, float] = {}
     loads: dict[int, Tensor] = {}
@@ -34,16 +35,17 @@ def forward_only(engine: Engine, batch: MicroBatch) -> tuple[dict[str, float], d
         if depth and places[depth - 1][0] != stage:
             dtype, device = next(iter(engine.parameters.values())).dtype, batch.input_ids.device
             like = torch.empty(*batch.input_ids.shape, model.config.hidden_size, dtype=dtype, device=device)
-            x = links.receive(like, first_rank + places[depth - 1][0], _TAG)
-        run = Pass(model, engine.parts[chunk], batch, model.loss_weights, share=1.0)
+            x = links.receive(like, layout.rank(places[depth - 1][0], replica), _TAG)
+        run = Pass(model, engine.parts[chunk], batch, model.loss_weights, 1.0, backend_of(engine.experts))
         finish(run.forward(x))
         x = run.output
         losses |= {name: part.item() for name, part in run.losses.items()}
         loads |= {layer: counted.sum(0) for layer, counted in run.loads.items()}
         if depth + 1 < len(places) and places[depth + 1][0] != stage:
-            links.send(x, first_rank + places[depth + 1][0], _TAG)
+            links.send(x, layout.rank(places[depth + 1][0], replica), _TAG)
     links.flush()
-    every = links.gather_objects((losses, loads))[: engine.layout.pp]
+    found = links.gather_objects((losses, loads))
+    every = [found[layout.rank(stage, 0)] for stage in range(layout.pp)]
     return (
         {name: value for one, _ in every for name, value in one.items()},
         dict(sorted((layer, load) for _, one in every for layer, load in one.items())),

@@ -1,13 +1,19 @@
-"""Which process does what: the layout pp x dp of a run, and which layers each pipeline stage holds."""
+"""Which process does what: the device mesh dp x pp x ep of a run, and which layers each pipeline stage holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...checks import require, require_integer
 from ...config import ModelConfig
 from ...errors import ConfigError
+from ...parallel.expert_all_to_all import ExpertGroup
+from ...parallel.traffic import Cluster
 from ..actions import Schedule
 from ..cut import borders
 from ..stages import layers_of
@@ -15,48 +21,115 @@ from ..stages import layers_of
 
 @dataclass(frozen=True)
 class Layout:
-    """The device mesh: rank = replica · pp + stage.
+    """The device mesh [dp, pp, ep]: rank = (d · pp + stage) · ep + e.
+
+    Data parallelism has two dimensions: every one of the ep · dp replicas has micro-batches of its own and a whole
+    copy of all weights that are no experts'. The ep replicas of one group share the routed experts out among them: rank
+    e holds experts [e · E/ep, (e + 1) · E/ep) of its stage's layers. Replicas are numbered d · ep + e.
+
+    Example:
+        >>> layout = Layout.parse("pp=4,ep=2,dp=1")
+        >>> layout.world, layout.replicas
+        (8, 2)
+        >>> layout.stage(5), layout.replica(5), layout.rank(stage=2, replica=1)
+        (2, 1, 5)
 
     Args:
-        pp: ranks of the pipeline. dp: copies of it, each with micro-batches of its own.
+        pp: ranks of the pipeline.
+        dp: copies of everything.
+        ep: ranks over which the experts of a layer are spread.
+        nodes: machines that an ep group lies on, ep / nodes neighbouring ranks on each.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or nodes that do not divide ep.
     """
 
     pp: int = 1
     dp: int = 1
+    ep: int = 1
+    nodes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("pp", "dp"):
+        for name in ("pp", "dp", "ep", "nodes"):
             require_integer(name, getattr(self, name), 1)
+        require(self.ep % self.nodes == 0, "nodes", self.nodes, f"a divisor of ep ({self.ep})")
+
+    def __str__(self) -> str:
+        sizes = {"pp": self.pp, "ep": self.ep, "dp": self.dp, "nodes": self.nodes}
+        return ",".join(f"{name}={n}" for name, n in sizes.items() if n > 1 or name in ("pp", "dp"))
 
     @property
     def world(self) -> int:
         """Processes."""
-        return self.pp * self.dp
+        return self.pp * self.ep * self.dp
 
-    def __str__(self) -> str:
-        return f"pp={self.pp},dp={self.dp}"
+    @property
+    def replicas(self) -> int:
+        """Pipelines that have micro-batches of their own, ep · dp."""
+        return self.ep * self.dp
+
+    @cached_property
+    def ranks(self) -> torch.Tensor:
+        """Every rank at its place in the mesh, Int64 [dp, pp, ep]."""
+        return torch.arange(self.world).view(self.dp, self.pp, self.ep)
+
+    def mesh(self, device_type: str = "cpu") -> DeviceMesh:
+        """torch's mesh with the dimensions "dp", "pp" and "ep"; all ranks call it, in their process group."""
+        return DeviceMesh(device_type, self.ranks, mesh_dim_names=("dp", "pp", "ep"))
+
+    def rank(self, stage: int, replica: int) -> int:
+        """Who runs a stage of a replica's pipeline."""
+        return int(self.ranks[replica // self.ep, stage, replica % self.ep])
+
+    def stage(self, rank: int) -> int:
+        """A rank's place in its pipeline."""
+        return rank // self.ep % self.pp
+
+    def replica(self, rank: int) -> int:
+        """Which replica's micro-batches a rank works on."""
+        return rank // (self.ep * self.pp) * self.ep + rank % self.ep
+
+    def expert_group(self, rank: int) -> ExpertGroup:
+        """The ranks that share out the experts of this rank's layers, in the order of the experts."""
+        return ExpertGroup(tuple(self.ranks[rank // (self.ep * self.pp), self.stage(rank)].tolist()), self.nodes)
+
+    def experts(self, rank: int, config: ModelConfig) -> range:
+        """Which of a layer's experts a rank holds."""
+        each = config.n_routed_experts // self.ep
+        return range(rank % self.ep * each, (rank % self.ep + 1) * each)
+
+    def cluster(self, config: ModelConfig) -> Cluster:
+        """Where the experts of one layer lie.
+
+        Raises:
+            ConfigError: ep does not divide the experts, or a routing group would lie on several nodes, so that the
+                limit of groups would not limit a token's nodes.
+        """
+        experts, groups = config.n_routed_experts, config.n_group
+        require(experts % self.ep == 0, "ep", self.ep, f"a divisor of n_routed_experts ({experts})")
+        require(
+            groups == 1 or groups % self.nodes == 0, "nodes", self.nodes,
+            f"a divisor of n_group ({groups}): a routing group lies on one node, or topk_group="
+            f"{config.topk_group} would not be the most nodes that a token visits",
+        )  # fmt: skip
+        return Cluster(experts, self.nodes, self.ep // self.nodes)
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The layout that ``pp=4,dp=2`` stands for; what is left out is 1.
+        """The layout that ``pp=4,ep=2,dp=2`` stands for; what is left out is 1 (``nodes`` may stand there too).
 
         Raises:
             ConfigError: the text is no layout, or asks for a dimension that the runtime does not have.
         """
         sizes: dict[str, int] = {}
         for part in text.split(","):
-            name, _, number = part.strip().partition("=")
-            if name not in ("pp", "ep", "dp") or name in sizes or not number.strip().isdecimal():
+            name, _, number = (word.strip() for word in part.partition("="))
+            if name not in ("pp", "ep", "dp", "nodes") or name in sizes or not number.isdecimal():
                 raise ConfigError(
-                    f"--parallel: {part!r} in {text!r}, expected pp=N, ep=N and dp=N at most once each, such as "
-                    "pp=4,ep=1,dp=2"
+                    f"--parallel: {part.strip()!r} in {text!r}, expected pp=N, ep=N and dp=N at most once each, such "
+                    "as pp=4,ep=2,dp=1 (and nodes=N, if an ep group lies on several machines)"
                 )
             sizes[name] = int(number)
-        if (experts := sizes.pop("ep", 1)) != 1:
-            raise ConfigError(f"ep: {experts} in {text!r}, expected 1: ep is not available with a pipeline yet")
         return cls(**sizes)
 
     def refuse_world(self, world: int) -> None:
@@ -65,8 +138,13 @@ class Layout:
         Raises:
             ConfigError: names both numbers.
         """
-        expected = f"{self.world}, which is pp={self.pp} x dp={self.dp}"
+        expected = f"{self.world}, which is pp={self.pp} x ep={self.ep} x dp={self.dp}"
         require(world == self.world, "world size", world, expected)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to the routed experts, which ep spreads."""
+    return ".mlp.experts." in name
 
 
 @dataclass(frozen=True)

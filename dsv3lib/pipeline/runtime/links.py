@@ -24,7 +24,7 @@ class Links(Protocol):
 
     Attributes:
         rank: of this process in the world. world: how many there are.
-        sent_bytes: of activations and gradients sent to another rank so far.
+        sent_bytes: of activations and gradients sent to another rank so far; those of experts included.
     """
 
     rank: int
@@ -40,11 +40,19 @@ class Links(Protocol):
     def flush(self) -> None:
         """Wait until all that was sent has arrived."""
 
+    def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int], ranks: tuple[int, ...]) -> Tensor:
+        """So many rows of the tensor to each of these ranks, in order, and so many from each; zero is allowed."""
+
     def gather(self, tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
         """What each of these ranks gives, in their order; all of them call it."""
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What each rank of the world gives, in order."""
+
+
+def _bytes_to_others(tensor: Tensor, send: list[int], ranks: tuple[int, ...], rank: int) -> int:
+    rows = sum(n for other, n in zip(ranks, send, strict=True) if other != rank)
+    return rows * tensor[:1].nbytes if rows else 0
 
 
 class GlooLinks:
@@ -74,6 +82,15 @@ class GlooLinks:
         for work, _ in self._under_way:
             work.wait()
         self._under_way.clear()
+
+    def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int], ranks: tuple[int, ...]) -> Tensor:
+        if len(ranks) == 1:
+            return tensor
+        arrived = tensor.new_empty(sum(receive), *tensor.shape[1:])
+        group, tensor = self._groups[ranks], tensor.contiguous()
+        dist.all_to_all_single(arrived, tensor, receive, send, group=group, async_op=True).wait()
+        self.sent_bytes += _bytes_to_others(tensor, send, ranks, self.rank)
+        return arrived
 
     def gather(self, tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
         every = [torch.empty_like(tensor) for _ in ranks]
@@ -117,6 +134,15 @@ class ThreadLinks:
 
     def flush(self) -> None:
         pass
+
+    def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int], ranks: tuple[int, ...]) -> Tensor:
+        for other, rows in zip(ranks, tensor.split(send), strict=True):
+            self.board.queues[self.rank, other, "rows", ranks].put(rows.clone())
+        self.sent_bytes += _bytes_to_others(tensor, send, ranks, self.rank)
+        arrived = [self._take((other, self.rank, "rows", ranks)) for other in ranks]
+        if [len(rows) for rows in arrived] != receive:
+            raise TrainingError(f"rank {self.rank}: {list(map(len, arrived))} rows came, expected {receive}")
+        return torch.cat(arrived)
 
     def gather(self, tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
         return self._exchange(tensor, ranks, "tensors")

@@ -87,6 +87,8 @@ class Parallel:
         Raises:
             ConfigError: names the number that does not fit.
         """
+        ep = self.layout.ep
+        require(ep == 1, "ep", ep, "1: the runtime spreads experts over ranks, but a run's save points do not yet")
         parts_of_ranks(model, self.pipeline, sequence)
         growing = Schedule(training, 1)
         for step in range(1, training.batch_warmup_steps + 2):
