@@ -54,6 +54,7 @@ if os.environ.get("DSV3_EXPERT_MATRIX"):  # by hand
             8: ("pp=2,ep=2,dp=2", "pp=2,ep=4,nodes=2", "pp=4,ep=2"),
         }.items()
     }
+OUTWARD = (DISPATCH, COMBINE + BACKWARD)
 _HERE = os.path.dirname(work.__file__)
 
 
@@ -172,8 +173,8 @@ def counted(layout, rows, purpose):
         if why == purpose and hop == ACROSS and i != j:
             across[first, i, j] += n
         if why == purpose and hop == WITHIN:
-            # Combine goes back the same way: the sender is the one whose experts answered.
-            within[first, i, place if purpose == DISPATCH else group.place(sender)[1]] += n
+            # On the way home the sender is the one whose experts answered.
+            within[first, i, place if purpose in OUTWARD else group.place(sender)[1]] += n
     return across, within
 
 
@@ -182,7 +183,7 @@ def traffic_is_as_predicted(case, ranks):
     cluster = layout.cluster(work.config(2))
     across, within = predicted(layout, ranks, cluster)
     assert sum(across.values()) > 0 or layout.nodes == 1
-    for purpose in (DISPATCH, COMBINE + BACKWARD):
+    for purpose in OUTWARD:
         assert counted(layout, found.rows, purpose) == (across, within), (case, purpose)
     turned = Counter({(first, j, i): n for (first, i, j), n in across.items()})
     for purpose in (COMBINE, DISPATCH + BACKWARD):
