@@ -11,6 +11,7 @@ needs *two* facts: "key k is as key l" and "key l has value v"; a model that onl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ from .small_models import BYTES, rows_of
 KEYS, VALUES = 8, 8
 NEEDLES = 6
 """Needles in a row: a model that takes any of them by chance is right once in six times."""
+KINDS = ("one", "one", "two", "plain")
+"""Of training rows, each as likely as another; see ``training_rows``."""
 UNSEEN_BANDS = ((0.2, 0.3), (0.5, 0.6), (0.8, 0.9))
 """Depths, as shares of the haystack from its beginning, at which no needle stands in training."""
 
@@ -119,15 +122,18 @@ def shuffled_keys(asked: Prompts, generator: torch.Generator) -> Prompts:
 
 
 def training_rows(
-    text: UInt8[Tensor, " bytes"], rows: int, length: int, generator: torch.Generator
+    text: UInt8[Tensor, " bytes"],
+    rows: int,
+    length: int,
+    generator: torch.Generator,
+    kinds: Sequence[str] = KINDS,
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """Rows of text with needles outside the unseen bands, and questions for all of them at the end.
 
-    Each row is by chance one of four: plain text to its end, so that an end does not mean questions; or one whose first
-    question is for a linked key, with a link for it; or, twice as likely, one whose questions need one needle each.
-
     Args:
         text: what is trained on. rows: B. length: T. generator: of everything.
+        kinds: each row is by chance of one of them. "plain" is text to its end, so that an end does not mean questions;
+            in "two" the first question is for a linked key, with a link for it; in "one" each needs one needle.
 
     Returns:
         The rows, and where the answers stand.
@@ -142,8 +148,8 @@ def training_rows(
     ids.scatter_(1, places[:, :NEEDLES], _NEEDLE + keys * VALUES + values)
     order = torch.rand(rows, NEEDLES, generator=generator).argsort(1)
     questions, answers = _ASK + keys.gather(1, order), _ANSWER + values.gather(1, order)
-    kind = torch.randint(4, (rows,), generator=generator)
-    linked, without = kind == 2, kind == 3
+    kind = torch.randint(len(kinds), (rows,), generator=generator)
+    linked, without = (torch.tensor([one == name for one in kinds])[kind] for name in ("two", "plain"))
     other, asked = _other_key(keys, generator), keys[:, 0]
     ids[linked, places[linked, NEEDLES]] = (_LINK + other * KEYS + asked)[linked]
     questions[linked, 0], answers[linked, 0] = (ASK_LINKED + other)[linked], (_ANSWER + values[:, 0])[linked]

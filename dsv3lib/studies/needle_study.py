@@ -7,6 +7,9 @@ need two needles, and the loss of plain text by position. At last the model that
 err: its weights are right, and its configuration is not.
 
     python -m dsv3lib.studies.needle_study
+    python -m dsv3lib.studies.needle_study --practice
+
+The second trains the base model alone, on rows of which three in four ask for two needles instead of one in four.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ SHORT_SHARE = 0.5
 """Of the training: so long the rows are half as long, where a lookup is learned sooner."""
 ANSWER_WEIGHT = 2.0
 """How much an answer counts against a byte of text: there are few of them in a row."""
+PRACTICE = ("two", "two", "two", "plain")
+"""Kinds of the rows in ``--practice``."""
 POSITION_BINS, PLAIN_ROWS = 16, 32
 CURVE_EVERY = 50
 
@@ -81,20 +86,24 @@ def base_config() -> ModelConfig:
 
 
 def training_loss(
-    text: Tensor, length_at: Callable[[int], int], generator: torch.Generator, curve: list[list[float]]
+    text: Tensor,
+    length_at: Callable[[int], int],
+    generator: torch.Generator,
+    curve: list[list[float]],
+    kinds: Sequence[str] = needle.KINDS,
 ) -> Callable[[DeepSeekV3, int], Tensor]:
     """The loss of one step: text, and the answers weighed more.
 
     Args:
         text: what is trained on. length_at: step → tokens of a row. generator: of the rows.
         curve: every ``CURVE_EVERY`` steps [step, share right of one-needle questions, of two-needle questions] of the
-            steps since the last is appended.
+            steps since the last is appended. kinds: of the rows.
     """
     right: dict[bool, list[Tensor]] = {False: [], True: []}
 
     def loss_of(model: DeepSeekV3, step: int) -> Tensor:
         length = length_at(step)
-        ids, is_answer = needle.training_rows(text, TOKENS_A_STEP // length, length, generator)
+        ids, is_answer = needle.training_rows(text, TOKENS_A_STEP // length, length, generator, kinds)
         logits, targets = model(ids).logits[:, :-1], ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         said, answer, two = logits.argmax(-1) == targets, is_answer[:, 1:], needle.needs_two(ids)[:, 1:]
@@ -150,6 +159,22 @@ def with_config(model: DeepSeekV3, config: ModelConfig) -> DeepSeekV3:
     return stretched.eval()
 
 
+def trained(
+    seed: int, steps: int, text: Tensor, curve: list[list[float]], kinds: Sequence[str] = needle.KINDS
+) -> DeepSeekV3:
+    """The base model of a seed; ``curve`` takes how it learned, ``kinds`` are those of its rows."""
+
+    def length_at(step: int) -> int:
+        return TRAINED // 2 if step < SHORT_SHARE * steps else TRAINED
+
+    base = DeepSeekV3(base_config(), torch.Generator().manual_seed(seed))
+    losses = training_loss(text, length_at, torch.Generator().manual_seed(100 + seed), curve, kinds)
+    for _ in train(base, steps, losses):
+        pass
+    print(f"seed {seed}, trained: {curve[-1:]}", flush=True)
+    return base
+
+
 def extend(model: DeepSeekV3, text: Tensor, steps: int, seed: int) -> None:
     """V3's two phases at the last learning rate, in place."""
     for phase in phases(TRAINED, TARGET, steps, TOKENS_A_STEP):
@@ -175,16 +200,8 @@ def run(seed: int, steps: int, extension_steps: int, rows: int) -> dict[str, Any
     """Train, stretch, measure, extend, measure again; then the ports that err."""
     started = time.process_time()
     text, unseen = manual()
-    base = DeepSeekV3(base_config(), torch.Generator().manual_seed(seed))
     found: dict[str, Any] = {"learning": [], "methods": {}, "mistakes": {}}
-
-    def length_at(step: int) -> int:
-        return TRAINED // 2 if step < SHORT_SHARE * steps else TRAINED
-
-    losses = training_loss(text, length_at, torch.Generator().manual_seed(100 + seed), found["learning"])
-    for _ in train(base, steps, losses):
-        pass
-    print(f"seed {seed}, trained: {found['learning'][-1:]}", flush=True)
+    base = trained(seed, steps, text, found["learning"])
     found["trained"] = measure(base, unseen, rows, lengths=(TRAINED,))
     for method in METHODS:
         model = with_config(base, extended_config(base.config, method, TRAINED, TARGET, FACTOR))
@@ -199,6 +216,15 @@ def run(seed: int, steps: int, extension_steps: int, rows: int) -> dict[str, Any
     return found | {"seconds": round(time.process_time() - started)}
 
 
+def practise(seed: int, steps: int, rows: int) -> dict[str, Any]:
+    """Train on ``PRACTICE`` and measure at the trained length: are two needles a matter of having seen too few?"""
+    started, curve = time.process_time(), []
+    text, unseen = manual()
+    base = trained(seed, steps, text, curve, PRACTICE)
+    measured = measure(base, unseen, rows, lengths=(TRAINED,))
+    return {"learning": curve, "trained": measured, "seconds": round(time.process_time() - started)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing from the log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -207,8 +233,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--extension-steps", type=int, default=50, help="of each of the two phases")
     parser.add_argument("--rows", type=int, default=16, help="prompts for each cell of the map")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--practice", action="store_true", help="the base model alone, on more two-needle questions")
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)  # for so small a model, sharing the work costs more than it saves
+    if asked.practice:
+        settings = [{"seed": seed, "steps": asked.steps, "rows": asked.rows} for seed in asked.seeds]
+        record("needle_practice", settings, practise, asked.out)
+        return
     sizes = {"steps": asked.steps, "extension_steps": asked.extension_steps, "rows": asked.rows}
     record("needle_study", [{"seed": seed, **sizes} for seed in asked.seeds], run, asked.out)
 

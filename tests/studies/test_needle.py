@@ -97,6 +97,13 @@ def test_training_rows_are_of_all_kinds() -> None:
     assert 60 < plain < 140 and 60 < linked < 140
 
 
+def test_training_rows_are_of_the_kinds_that_are_asked_for() -> None:
+    ids, is_answer = needle.training_rows(TEXT, 40, 60, torch.Generator().manual_seed(4), ("two",))
+    assert (needle.needs_two(ids).sum(1) == 1).all() and (is_answer.sum(1) == needle.NEEDLES).all()
+    ids, is_answer = needle.training_rows(TEXT, 40, 60, torch.Generator().manual_seed(4), ("plain",))
+    assert (ids < needle.BYTES).all() and not is_answer.any()
+
+
 def test_depths_that_are_measured_are_in_and_outside_the_bands() -> None:
     assert sum(needle.unseen(depth) for depth in needle_study.DEPTHS) == len(needle.UNSEEN_BANDS)
 
@@ -215,3 +222,10 @@ def test_the_command_runs_what_is_missing(tmp_path, monkeypatch) -> None:
     needle_study.main(["--out", str(tmp_path), "--steps", "6", "--seeds", "0"])
     assert made == [0, 1, 0]
     assert [(row["seed"], row["steps"]) for row in read("needle_study", tmp_path)] == [(0, 5), (1, 5), (0, 6)]
+
+
+def test_practice_has_a_log_of_its_own(tmp_path) -> None:
+    needle_study.main(["--practice", "--out", str(tmp_path), "--steps", "2", "--rows", "1", "--seeds", "3"])
+    (row,) = read("needle_practice", tmp_path)
+    assert (row["seed"], row["steps"]) == (3, 2) and set(row["trained"]["linked"]) == {"128"}
+    assert not (tmp_path / "needle_study.jsonl").exists()

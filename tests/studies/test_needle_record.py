@@ -92,6 +92,15 @@ def test_two_needles_are_not_combined_by_any(rows: list[dict]) -> None:
     assert share < CHANCE + 0.05
 
 
+def test_more_practice_is_no_help(rows: list[dict]) -> None:
+    """Three rows in four asked for two needles: they stay at chance, and one needle is found less often."""
+    practised = read("needle_practice")
+    assert [row["seed"] for row in practised] == [0, 1, 2]
+    for row, usual in zip(practised, rows[:3], strict=True):
+        assert row["trained"]["linked"]["128"] < CHANCE + 0.15
+        assert mean(row["trained"]["map"]["128"]) < mean(usual["trained"]["map"]["128"])
+
+
 def test_each_of_yarn_s_mistakes_costs_text(rows: list[dict]) -> None:
     """At V3's factor the temperature that was forgotten costs more from every seed than its square."""
     for row in rows:
