@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from dsv3lib import ModelConfig
+from dsv3lib import ModelConfig, openmp
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 CONTEXTS = (128, 512, 2048, 8192)
@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the results file (default: data/results/cpu-<date>.json)")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    print(openmp.settle(chosen.threads))
     contexts = tuple(c for c in CONTEXTS if c <= 512) if chosen.quick else CONTEXTS
     results = run(CONFIG, contexts, TRAIN_BATCH, 2.0 if chosen.quick else 6.0, memory=not chosen.quick)
     out = chosen.out

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv3lib import ModelConfig
+from dsv3lib import ModelConfig, openmp
 
 CONTEXTS = (128, 2048)
 VERIFIED = (2, 4)  # tokens of a pass
@@ -259,6 +259,7 @@ def main() -> None:
     )
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    print(openmp.settle(chosen.threads))  # torch came first here
     sizes = (CONTEXTS[:1], PROMPTS, DECODED[:1]) if chosen.quick else (CONTEXTS, PROMPTS, DECODED)
     results = run(CONFIG, *sizes, 2.0 if chosen.quick else 6.0, print)
     out = chosen.out

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dsv3lib import openmp
 from dsv3lib.files import write_whole
 
 Call = Callable[[], Any]
@@ -105,11 +106,12 @@ def copy_bandwidth(megabytes: int = 256, budget_s: float = 1.0) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions, commit and time."""
+    """What the figures depend on: processor, threads and how they wait, versions, commit and time."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "wait_policy": openmp.IN_FORCE,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
