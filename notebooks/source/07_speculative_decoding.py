@@ -438,8 +438,8 @@ table(["decoding", "tokens per second, here"], rows, varies=True)
 measured(f"Speed-up on this machine: {plainly / drafting:.2f}")
 
 # %% [markdown]
-# On most processors this *loses*: the library has a fast form for a pass over a single token, and a pass over three takes the
-# general one. Fewer passes are not less time. That is the case that the sliders show on the right: a wide pass that costs much.
+# On most processors this gains little, or *loses*: in so small a model each further token of a pass, and each draft, costs a
+# good part of one. Fewer passes are not less time. That is the case that the sliders show on the right: a wide pass.
 #
 # ## On trial: "it picks the best of several"
 #
