@@ -135,7 +135,7 @@ def fault(rank, kind, who, moment, out, begun):
         nonlocal told
         rank.tell(doing)
         told += 1
-        if rank.rank == who:
+        if rank.rank == who and told >= moment:
             Path(begun).touch()
         time.sleep(0.01)
         if kind == "raise" and rank.rank == who and told == moment:
