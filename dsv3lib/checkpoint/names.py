@@ -45,16 +45,22 @@ def entries(model: DeepSeekV3) -> Iterator[Entry]:
     Args:
         model: on any device, ``meta`` too.
     """
-    width = model.config.moe_intermediate_size
-    for name in model.state_dict():
+    width, state = model.config.moe_intermediate_size, model.state_dict()
+
+    def held(stack: str) -> Iterator[tuple[int, int]]:
+        """Places in a stack of experts, and which of the layer's they are: a rank may hold its share alone."""
+        first = getattr(model.get_submodule(stack.rpartition(".")[0]), "first", 0)
+        return enumerate(range(first, first + len(state[stack])))
+
+    for name in state:
         if name.endswith("experts.gate_up_proj"):
-            for j in range(model.config.n_routed_experts):
+            for at, j in held(name):
                 stem = name.removesuffix("gate_up_proj") + str(j)
-                yield Entry(f"{stem}.gate_proj.weight", name, (j, slice(0, width)))
-                yield Entry(f"{stem}.up_proj.weight", name, (j, slice(width, 2 * width)))
+                yield Entry(f"{stem}.gate_proj.weight", name, (at, slice(0, width)))
+                yield Entry(f"{stem}.up_proj.weight", name, (at, slice(width, 2 * width)))
         elif name.endswith("experts.down_proj"):
-            for j in range(model.config.n_routed_experts):
-                yield Entry(f"{name.removesuffix('down_proj')}{j}.down_proj.weight", name, (j,))
+            for at, j in held(name):
+                yield Entry(f"{name.removesuffix('down_proj')}{j}.down_proj.weight", name, (at,))
         elif name.endswith(SCALE_SUFFIX):
             continue  # of a weight that is kept in FP8: it is read and written with its values
         elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):

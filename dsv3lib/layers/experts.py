@@ -62,8 +62,10 @@ class Experts(nn.Module):
         down_proj: [E, D, F].
         gate_up_recipe: how the first product is made.
         down_recipe: how the second is.
+        first: number of the first expert of the stack; above 0 where a layer's experts lie on several ranks.
     """
 
+    first: int = 0
     gate_up_recipe: PlainRecipe = PLAIN
     down_recipe: PlainRecipe = PLAIN
     recipes = MappingProxyType({"gate_up_recipe": "gate_up_proj", "down_recipe": "down_proj"})

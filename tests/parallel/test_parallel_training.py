@@ -14,7 +14,7 @@ import training_work as work
 
 from dsv3lib import DeepSeekV3
 from dsv3lib.errors import ConfigError, TrainingError
-from dsv3lib.pipeline.runtime.layout import Layout
+from dsv3lib.pipeline.runtime.layout import Layout, is_expert
 from dsv3lib.pipeline.runtime.processes import launch
 from dsv3lib.training.run import save_point
 from dsv3lib.training.run.log import read_log
@@ -42,6 +42,8 @@ def four(path_for_processes, tmp_path_factory):
         {"layout": "pp=4", "schedule": "dualpipe", "out": str(out), "trace": True},
         {"layout": "pp=2,dp=2", "schedule": "1f1b", "recompute": True},
         {"layout": "pp=4", "schedule": "dualpipe", "out": str(out.with_name("again")), "interrupted": str(out)},
+        {"layout": "pp=2,ep=2", "schedule": "dualpipe", "out": str(out.with_name("experts"))},
+        {"layout": "ep=4,nodes=2", "schedule": "1f1b", "out": str(out.with_name("spread")), "interrupted": str(out)},
     ]
     return out, launch(4, f"{work.__name__}:train", [cases], timeout=200)
 
@@ -55,7 +57,8 @@ def others(four):
         {"layout": "pp=2", "schedule": "1f1b"},
     ]
     found = launch(2, f"{work.__name__}:train", [two], timeout=200)
-    work.alone({"layout": "pp=1", "schedule": "1f1b", "out": str(out.with_name("one")), "interrupted": str(out)})
+    experts = str(out.with_name("experts"))  # a save point whose experts lay on several ranks
+    work.alone({"layout": "pp=1", "schedule": "1f1b", "out": str(out.with_name("one")), "interrupted": experts})
     return found
 
 
@@ -94,10 +97,23 @@ def test_every_step_is_that_of_the_model_in_one_piece(four, others, plain):
         assert {name for found in ranks for name in found["weights"]} == weights.keys()
 
 
+def test_experts_on_several_ranks_learn_what_they_learn_on_one(four, plain):
+    records, weights = plain
+    ranks, layout = [rank[3] for rank in four[1]], Layout.parse("pp=2,ep=2")
+    assert_near(ranks[0]["records"], records)
+    for number, found in enumerate(ranks):
+        held = layout.experts(number, work.MODEL)
+        for name, weight in found["weights"].items():
+            wanted = weights[name][held.start : held.stop] if is_expert(name) else weights[name]
+            assert (weight - wanted).abs().max() < 1e-9, name
+    state = DeepSeekV3.from_pretrained(four[0].with_name("experts") / "model").state_dict()
+    assert all((state[name] - weight).abs().max() < 1e-9 for name, weight in weights.items())
+
+
 def test_a_run_goes_on_at_another_layout_with_the_same_losses(four, others):
     out = four[0]
     whole = read_log(out).steps
-    for name in ("again", "two", "one"):
+    for name in ("again", "two", "one", "spread"):
         steps = read_log(out.with_name(name)).steps
         assert [r["step"] for r in steps] == [1, 2, 3, 4]
         assert_near(steps, whole)
@@ -160,10 +176,10 @@ def test_bad_numbers_are_refused_before_anything_starts():
         Parallel(Layout(2), "dualpipe", 7).refuse(work.MODEL, work.settings(), 16)
     with pytest.raises(ConfigError, match="batch size of step 1: 2"):
         refuse(work.MODEL, work.settings(batch_size_start=2), 16)
-    with pytest.raises(ConfigError, match="multiple of dp=3"):
+    with pytest.raises(ConfigError, match="multiple of ep x dp = 1 x 3"):
         Parallel(Layout(2, 3), "1f1b", 8).refuse(work.MODEL, work.settings(), 16)
-    with pytest.raises(ConfigError, match="ep: 2"):
-        Parallel(Layout.parse("pp=2,ep=2"), "1f1b", 8).refuse(work.MODEL, work.settings(), 16)
+    with pytest.raises(ConfigError, match="ep: 3"):
+        Parallel(Layout.parse("pp=2,ep=3"), "1f1b", 9).refuse(work.MODEL, work.settings(), 16)
 
 
 @pytest.mark.parametrize(

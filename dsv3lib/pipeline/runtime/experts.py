@@ -58,7 +58,7 @@ class SpreadExperts:
         self._layers: dict[nn.Module, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, Experts):
-                self._layers[module] = int(name.split(".")[2])
+                self._layers[module], module.first = int(name.split(".")[2]), held.start
                 for of_all, weight in list(module.named_parameters(recurse=False)):
                     own = weight.detach()[held.start : held.stop].clone()
                     setattr(module, of_all, nn.Parameter(own, weight.requires_grad))

@@ -56,7 +56,8 @@ class Parallel:
     """How a run is spread over ranks.
 
     Args:
-        layout: pp x dp. schedule: of the pipeline. microbatches: of a whole step, all directions and replicas together.
+        layout: dp x pp x ep. schedule: of the pipeline.
+        microbatches: of a whole step, all directions and replicas together.
         recompute: make norms and up-projections again in backward.
     """
 
@@ -73,10 +74,10 @@ class Parallel:
             ConfigError: there is no such schedule, or not of these numbers.
         """
         require(
-            self.microbatches % self.layout.dp == 0, "microbatches", self.microbatches,
-            f"a multiple of dp={self.layout.dp} (of the whole step)",
+            self.microbatches % self.layout.replicas == 0, "microbatches", self.microbatches,
+            f"a multiple of ep x dp = {self.layout.ep} x {self.layout.dp} (of the whole step)",
         )  # fmt: skip
-        return schedule(self.schedule, self.layout.pp, self.microbatches // self.layout.dp)
+        return schedule(self.schedule, self.layout.pp, self.microbatches // self.layout.replicas)
 
     def refuse(self, model: ModelConfig, training: TrainingConfig, sequence: int) -> None:
         """Refuse what cannot run, before anything is opened or started.
@@ -87,8 +88,7 @@ class Parallel:
         Raises:
             ConfigError: names the number that does not fit.
         """
-        ep = self.layout.ep
-        require(ep == 1, "ep", ep, "1: the runtime spreads experts over ranks, but a run's save points do not yet")
+        self.layout.cluster(model)
         parts_of_ranks(model, self.pipeline, sequence)
         growing = Schedule(training, 1)
         for step in range(1, training.batch_warmup_steps + 2):

@@ -40,7 +40,7 @@ DEFAULT_SEQUENCE_LENGTH = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a run over several processes."""
     group = parser.add_argument_group("several processes (or the same under torchrun)")
-    group.add_argument("--parallel", metavar="LAYOUT", help="pp=4,ep=1,dp=2: ranks of the pipeline and its replicas")
+    group.add_argument("--parallel", metavar="LAYOUT", help="pp=4,ep=2,dp=1: ranks of the pipeline, of experts, replicas")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the pipeline (dualpipe; 1f1b where pp is odd)")
     group.add_argument(
         "--microbatches", type=int, help="of one replica in a step, of both directions (as few as the schedule takes)"
@@ -111,7 +111,7 @@ def _new(args: argparse.Namespace) -> Parallel:
     layout = Layout.parse(args.parallel)
     name = args.schedule or _fitting(layout)
     each = args.microbatches if args.microbatches is not None else _fewest(name, layout)
-    parallel = Parallel(layout, name, each * layout.dp, bool(args.recompute))
+    parallel = Parallel(layout, name, each * layout.replicas, bool(args.recompute))
     _ = parallel.pipeline  # refuses numbers that the schedule cannot have
     if args.batch_size is None:
         args.batch_size = parallel.microbatches
@@ -132,9 +132,9 @@ def _resumed(args: argparse.Namespace) -> Parallel:
     layout = Layout.parse(args.parallel) if args.parallel else own.layout
     name = args.schedule or (own.schedule if args.parallel is None or layout.pp == own.layout.pp else _fitting(layout))
     recompute = own.recompute if args.recompute is None else args.recompute
-    if args.microbatches is not None and args.microbatches * layout.dp != own.microbatches:
+    if args.microbatches is not None and args.microbatches * layout.replicas != own.microbatches:
         raise ConfigError(
-            f"--microbatches: {args.microbatches} with dp={layout.dp}, expected the run's {own.microbatches} in all"
+            f"--microbatches: {args.microbatches} with {layout}, expected the run's {own.microbatches} in all"
         )
     parallel = Parallel(layout, name, own.microbatches, recompute)
     model, training = ModelConfig.from_dict(recorded["model"]), run_folder.recorded_config(recorded)
