@@ -68,7 +68,11 @@ def train(links_of, case, tell=lambda doing: None, at_once=False):
 
 def all_cases(rank, cases, at_once=False):
     """Every case of one world size in the same processes."""
-    return [train(rank.links, case, rank.tell, at_once) for case in cases]
+    found = []
+    for case in cases:
+        place = list(Layout.parse(case[1]).mesh().get_coordinate())
+        found.append(train(rank.links, case, rank.tell, at_once) | {"place": place})
+    return found
 
 
 def plain(case):

@@ -80,6 +80,7 @@ def test_processes_agree_with_one_process(world):
                 name: x.tolist() for name, x in wanted["experts"].visits.items()
             }
             assert case[0] != "dualpipe" or found["peak"] == layout.pp + 1
+            assert found["place"] == (layout.ranks == rank).nonzero()[0].tolist()  # in torch's DeviceMesh
         copies_are_equal(layout, ranks)
         loads_add_up(layout, ranks)
         if case[4] == "none":

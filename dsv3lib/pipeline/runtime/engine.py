@@ -6,8 +6,8 @@
     B   I and W together;  FB  F of one micro-batch and B of another in turns, stage by stage
 
 Afterwards each parameter's gradient is added up over the ranks that hold a copy of it: both directions' copies, the
-embedding beside the MTP chain, and the replicas. The sum is made in the order of the ranks, by everybody alike, so
-that copies stay equal to the last bit.
+embedding beside the MTP chain, and the replicas (of routed experts that are spread over ranks, dp's copies alone). The
+sum is made in the order of the ranks, by everybody alike, so that copies stay equal to the last bit.
 """
 
 from __future__ import annotations

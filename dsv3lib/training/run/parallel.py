@@ -23,6 +23,7 @@ from ...config import ModelConfig
 from ...errors import ConfigError, ScheduleError, TrainingError
 from ...model import DeepSeekV3
 from ...model.loss import LossWeights
+from ...parallel.wires import Flight
 from ...pipeline import schedule
 from ...pipeline.actions import Action
 from ...pipeline.actions import Schedule as PipelineSchedule
@@ -139,7 +140,10 @@ class ParallelTrainer(Trainer):
         **of_trainer: Any,
     ) -> None:
         self.parallel, self._member, self._asked_to_stop = parallel, rank, asked_to_stop
-        self._spans: deque[list[list[Span]]] | None = deque(maxlen=_TRACED_STEPS) if trace else None
+        # Of each step, of each rank: its actions, its blocks' stages, its exchanges with other experts' ranks.
+        self._spans: deque[list[tuple[list[Span], list[Span], list[Flight]]]] | None = (
+            deque(maxlen=_TRACED_STEPS) if trace else None
+        )
         parallel.layout.refuse_world(rank.world)
         parallel.refuse(model.config, config, stream.seq_len)
         super().__init__(model, stream, config, **of_trainer)
@@ -222,7 +226,8 @@ class ParallelTrainer(Trainer):
         norm = self.engine.clip(self.config.gradient_clip)
         self._tell("optimizer")
         if self._spans is not None:
-            self._spans.append(self.links.gather_objects(result.spans))
+            flights = [] if result.experts is None else result.experts.flights
+            self._spans.append(self.links.gather_objects((result.spans, result.stages, flights)))
         layers, experts = self.model.config.moe_layers, self.model.config.n_routed_experts
         load = _by_layer(result.loads, layers, experts)
         names, domains = self.stream.domain_names, batch.domain_ids[:, 0]  # a row is of one domain
@@ -298,8 +303,11 @@ class ParallelTrainer(Trainer):
                 self._write_shards(save_point.unfinished_folder(target))
             self.links.gather_objects(None)  # it has its name: whatever comes now, it stands
         if self._spans and self.links.rank == 0:
-            spans = [[span for step in self._spans for span in step[rank]] for rank in range(self.links.world)]
-            write_chrome_trace(self.out / TRACE_FILE, spans)
+            columns = (
+                [[one for step in self._spans for one in step[rank][column]] for rank in range(self.links.world)]
+                for column in range(3)
+            )
+            write_chrome_trace(self.out / TRACE_FILE, *columns)
         return target
 
     def _fill(self, folder: Path) -> None:

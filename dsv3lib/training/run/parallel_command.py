@@ -40,7 +40,7 @@ DEFAULT_SEQUENCE_LENGTH = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a run over several processes."""
     group = parser.add_argument_group("several processes (or the same under torchrun)")
-    group.add_argument("--parallel", metavar="LAYOUT", help="pp=4,ep=2,dp=1: ranks of the pipeline, of experts, replicas")
+    group.add_argument("--parallel", metavar="LAYOUT", help="pp=4,ep=2,dp=1: ranks of the pipeline, of experts; copies")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the pipeline (dualpipe; 1f1b where pp is odd)")
     group.add_argument(
         "--microbatches", type=int, help="of one replica in a step, of both directions (as few as the schedule takes)"
