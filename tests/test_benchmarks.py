@@ -2,11 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3lib import DeepSeekV3
+from dsv3lib.inference.acceptance import SpeculationStatistics, expected_speedup
+from dsv3lib.training.text.data import Batch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -17,6 +24,8 @@ import cpu_busy  # noqa: E402
 import cpu_few  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
+import speculation  # noqa: E402
+import speculation_costs  # noqa: E402
 from ours import CONFIG, Ours  # noqa: E402
 from peer import Peer, backends  # noqa: E402
 from products import Product, alone, extent, products_of  # noqa: E402
@@ -185,3 +194,56 @@ def test_memory_of_another_process_and_its_failure() -> None:
     assert peak["peak_mib"] >= peak["before_mib"] > 10
     with pytest.raises(RuntimeError, match="peer prefill 64"):
         memory.peak_of("peer", "prefill", 64, "no such backend")
+
+
+class SomeText:
+    """Held-out text of one domain, drawn."""
+
+    def validation_batches(self, domain, n_batches, batch_size, seq_len):
+        ids = torch.randint(64, (n_batches, seq_len), generator=torch.Generator().manual_seed(3)).split(1)
+        return [Batch(one, one, one, one) for one in ids] if domain == "drawn" else []
+
+
+def test_speculation_is_measured_and_predicted(tmp_path) -> None:
+    model = DeepSeekV3(SMALL.replace(num_nextn_predict_layers=1), torch.Generator().manual_seed(0)).eval()
+    plan = speculation.Plan(("drawn",), (6,), (0.0, 1.0), new=9, budget_s=0.0, least=2)
+    results = json.loads(json.dumps(speculation.run(model, SomeText(), plan, elsewhere=([1.0, 1.1, 1.2], 0.1))))
+    assert [(g["domain"], g["temperature"]) for g in results["by_domain"]] == [("drawn", 0.0), ("drawn", 1.0)]
+    costs = results["costs"]["6"]
+    assert len(costs["pass_ms"]) == 5 and min(costs["pass_ms"]) > 0 and len(costs["drafts_ms"]["1.0"]) == 4
+    for group in results["by_domain"]:
+        plain, *ways = group["ways"]
+        assert [w["way"] for w in ways] == ["1", "2", "3", "auto", "lookup"] and plain["speedup"] == 1
+        for way in ways:
+            assert way["speedup"] == pytest.approx(plain["token_ms"] / way["token_ms"], rel=1e-2)
+            assert way["tokens_a_pass"] == pytest.approx(1 + way["accepted_a_round"], rel=1e-3)
+            if "predicted" in way:
+                assert way["agrees"] == (abs(way["speedup"] / way["predicted"] - 1) <= 0.1)
+        if group["temperature"] == 0:  # the same text, so the same entropy
+            assert {round(w["entropy_bits"], 2) for w in ways} == {round(plain["entropy_bits"], 2)}
+    given = results["with_costs_given_not_measured"]["speedup_by_drafts"]
+    assert all(one["speedup"][0] == 1 and len(one["speedup"]) == 3 for one in given)
+    assert "predicted" in str(speculation.table(results).columns[5].header)
+
+    from speculation_picture import draw
+
+    draw(results, tmp_path / "speculation.svg")
+    assert (tmp_path / "speculation.svg").stat().st_size > 5_000 and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(ValueError, match="nowhere: no held-out text of 6 tokens"):
+        speculation.collect(model, SomeText(), replace(plan, domains=("nowhere",)), lambda name: None)
+
+
+@given(a=st.floats(0, 1), m=st.integers(0, 4), wider=st.floats(0, 1), draft=st.floats(0, 1))
+def test_the_prediction_is_leviathans_where_every_draft_is_as_likely(a, m, wider, draft) -> None:
+    passes = [2.0 * (1 + wider * k) for k in range(5)]
+    found = speculation_costs.speedup_at([a] * 4, passes, draft)[m]
+    assert found == pytest.approx(expected_speedup(a, m, 1 + wider * m, draft))
+    costs = speculation_costs.Costs(tuple(passes), {0.0: tuple(2.0 * draft * k for k in range(5))}, {}, 0.1)
+    assert costs.speedup([a] * m, 0.0) == pytest.approx(found)
+
+
+def test_repeated_8_grams_are_those_that_stood_before() -> None:
+    assert speculation.repeated_grams(list(range(20))) == 0 == speculation.repeated_grams([1] * 7)
+    assert speculation.repeated_grams([5, 6] * 10) == pytest.approx(1 - 2 / 13)
+    counts = SpeculationStatistics(drafted=[10, 10], accepted=[8, 6])
+    assert speculation_costs.conditional(counts) == pytest.approx([0.8, 0.75])

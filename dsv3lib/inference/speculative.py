@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..layers.cache import LatentCache
 from .acceptance import Round, SpeculationStatistics
 from .draft_count import DraftCount, count_of
 from .drafters import Drafter, Drafts, drafter_of
-from .drafters.windows import take, unless_full
+from .drafters.windows import unless_full
 from .request import Request, prefill
 from .sampling import Sampler
 
@@ -54,6 +55,8 @@ def verify(
         logits: the model's, position k scores draft k; m + 1 of them. sizes: drafts each row has.
         sampler: gives p.
     """
+    if drafts.shape[1] == 0:
+        return Verdict(torch.zeros_like(sizes), sampler.choose(logits[:, 0]))
     rows = torch.arange(len(drafts), device=drafts.device)
     sizes = sizes.minimum(leading(drafts >= 0))
     present = torch.arange(drafts.shape[1], device=drafts.device) < sizes[:, None]
@@ -67,7 +70,7 @@ def verify(
     stands = sampler.uniform(sizes, drafts.shape[1]) * q_draft < p_draft
     accepted = leading(present & stands)
     p_next = p[rows, accepted]
-    q_next = torch.cat([q, torch.zeros_like(p[:, :1])], 1)[rows, accepted]
+    q_next = q[rows, accepted.clamp(max=drafts.shape[1] - 1)]
     q_next = q_next.masked_fill((accepted == sizes)[:, None], 0.0)  # none fell: nothing to make up for
     rest = (p_next - q_next).clamp(min=0.0)
     # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
@@ -114,7 +117,7 @@ def speculate(
 
 def _rounds(speculation: Speculation, statistics: SpeculationStatistics | None) -> Iterator[Round]:
     yield speculation.begin()
-    while not bool(speculation.ended.all()):
+    while not speculation.ended.numpy().all():
         round_ = speculation.step()
         if statistics is not None:
             statistics.add(round_)
@@ -122,7 +125,8 @@ def _rounds(speculation: Speculation, statistics: SpeculationStatistics | None) 
 
 
 class Speculation:
-    """What stands between two rounds. The bookkeeping is by row and on the CPU.
+    """What stands between two rounds. The bookkeeping is by row and on the CPU, in NumPy's views of the tensors: of a
+    small model's round a hundred operations of torch on single numbers would be a tenth.
 
     Args:
         model, request, draft_tokens, verifier, drafter: as for ``speculate``.
@@ -151,6 +155,9 @@ class Speculation:
         self.text = torch.cat([ids, ids.new_zeros(ids.shape[0], request.max_new_tokens)], 1)
         self.n = request.lengths.clone()
         self.ended = torch.zeros(ids.shape[0], dtype=torch.bool)
+        self._text, self._n, self._ended = self.text.numpy(), self.n.numpy(), self.ended.numpy()
+        self._start = request.lengths.numpy()
+        self._rows = np.arange(len(ids))
 
     @torch.inference_mode()
     def begin(self) -> Round:
@@ -163,12 +170,12 @@ class Speculation:
     @torch.inference_mode()
     def step(self) -> Round:
         """Draft, verify, keep what stands."""
-        device = self.request.input_ids.device
-        left = self.request.lengths + self.request.max_new_tokens - self.n
-        wanted = (left - 1).clamp(max=self.count.next()).masked_fill(self.ended, 0)  # one is the model's own
-        drafts = self._draft(wanted)
-        newest = take(self.text, self.n - 1, 1).to(device)
-        reads = (drafts.sizes + 1).masked_fill(self.ended, 0)
+        device, n = self.request.input_ids.device, self._n
+        left = self._start + self.request.max_new_tokens - n
+        wanted = np.minimum(left - 1, self.count.next()) * ~self._ended  # one is the model's own
+        drafts = self._draft(torch.from_numpy(wanted))
+        newest = torch.from_numpy(self._text[self._rows, n - 1][:, None]).to(device)
+        reads = torch.from_numpy((drafts.sizes.numpy() + 1) * ~self._ended)
         out = self.model(
             torch.cat([newest, drafts.tokens], 1), cache=self.cache,
             lengths=unless_full(reads, drafts.tokens.shape[1] + 1),
@@ -179,13 +186,14 @@ class Speculation:
         judged = [row[:size] for row, size in zip(drafts.tokens.tolist(), drafts.sizes.tolist(), strict=True)]
         before = self.n.clone()
         round_ = self._gain(judged, accepted.tolist(), token.tolist())
-        self.cache.crop(self.n - 1)
+        if not np.array_equal(self.cache.lengths.numpy(), n - 1):
+            self.cache.crop(self.n - 1)
         self.drafting.confirm(before, self.n, out.hidden)
         self.count.saw(round_)
         return round_
 
     def _draft(self, wanted: Tensor) -> Drafts:
-        if bool(wanted.any()):
+        if wanted.numpy().any():
             return self.drafting.draft(self.text, self.n, wanted)
         vocab, ids = self.model.config.vocab_size, self.request.input_ids
         q = None if self.request.sampler.greedy else torch.zeros(len(ids), 0, vocab, device=ids.device)
@@ -204,10 +212,10 @@ class Speculation:
                 new = new[: stop + 1]
                 if stop < accepted[b]:  # drafts behind the end were never in question
                     drafts[b], accepted[b] = drafts[b][: stop + 1], stop + 1
-            n = int(self.n[b])
-            self.text[b, n : n + len(new)] = torch.tensor(new)
-            self.n[b] += len(new)
-            full = n + len(new) - int(self.request.lengths[b]) == self.request.max_new_tokens
-            self.ended[b] = full or stop is not None
+            n = int(self._n[b])
+            self._text[b, n : n + len(new)] = new
+            self._n[b] += len(new)
+            full = n + len(new) - int(self._start[b]) == self.request.max_new_tokens
+            self._ended[b] = full or stop is not None
             gained[b] = new
         return Round(drafts, accepted, gained)

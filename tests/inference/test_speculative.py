@@ -26,6 +26,23 @@ from dsv3lib.inference.sampling import Sampler
 from dsv3lib.inference.speculative import Speculation, Verdict, speculate, verify
 from dsv3lib.rope_settings import YarnScaling
 
+
+@given(seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.7, 1.0]), rows=st.integers(1, 3))
+def test_a_round_without_drafts_picks_as_one_whose_drafts_are_none(seed, temperature, rows) -> None:
+    logits = torch.randn(rows, 2, VOCAB, generator=torch.Generator().manual_seed(seed))
+    none, sizes = torch.full((rows, 1), -1), torch.zeros(rows, dtype=torch.int64)
+
+    def verdict(drafts):
+        draws = tuple(torch.Generator().manual_seed(seed + b) for b in range(rows))
+        sampler = Sampler(temperature, generators=draws)
+        m = drafts.shape[1]
+        q = None if sampler.greedy else torch.full((rows, m, VOCAB), 1 / VOCAB)
+        return verify(drafts, q, logits[:, : m + 1], sizes, sampler)
+
+    for part, expected in zip(verdict(none[:, :0]), verdict(none), strict=True):
+        assert torch.equal(part, expected)
+
+
 # ---- greedy ----------------------------------------------------------------------------------------------
 
 

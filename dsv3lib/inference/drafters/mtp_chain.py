@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 class MTPChain:
     """Drafts from the model's own MTP modules.
 
+    A draft ends in the whole output head. On tiny-v3 (2,048 tokens, one CPU thread, busy machine) that
+    is 0.13 ms of a draft's 1.8 ms and of a round's 9.6 ms: drafting over the frequent tokens alone could save 1 % of a
+    round with one draft and 2 % with two, so it is not done. ``benchmarks/speculation.py`` measures the share.
+
     Args:
         remembers: after rounds without drafts the modules catch up on so many positions at most, and forget what was
             before: reading all of a long stretch anew would cost more than drafts are worth.

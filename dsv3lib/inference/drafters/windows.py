@@ -15,4 +15,4 @@ def take(values: Int[Tensor, "B T"], start: Int[Tensor, " B"], width: int) -> In
 
 def unless_full(lengths: Int[Tensor, " B"], width: int) -> Int[Tensor, " B"] | None:
     """Lengths as the model takes them: ``None`` where every row is full, which is faster."""
-    return None if bool((lengths == width).all()) else lengths
+    return None if (lengths.numpy() == width).all() else lengths
