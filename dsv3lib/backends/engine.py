@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..layers.cache import LatentCache
 from ..layers.step import Step
 from .few_blocks import FewBlocks
 from .weight_copies import COPIED, MOST_COPIED, WeightReader, copies_nbytes
@@ -74,11 +75,15 @@ class Engine:
 
 
 def is_few_tokens(x: Float[Tensor, "B T D"], step: Step) -> bool:
-    """Whether a call is what an engine takes: inference, one row, few tokens (in 16 bits: any), with a cache."""
+    """Whether a call is what an engine takes: inference, one row, few tokens (in 16 bits: any), with a cache.
+
+    A cache whose methods are somebody's own is written to as it asks to be, by the layers.
+    """
     return (
         x.shape[0] == 1
         and (x.shape[1] <= MOST_TOKENS or x.dtype in COPIED)
-        and step.cache is not None
+        and type(step.cache) is LatentCache
+        and not vars(step.cache).keys() & vars(LatentCache).keys()
         and step.cache.format == "model"
         and step.lengths is None
         and not torch.is_grad_enabled()

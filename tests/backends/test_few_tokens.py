@@ -288,3 +288,23 @@ def test_the_same_bits_every_time() -> None:
     for pieces in ([39, 1], [36, 4], [30, 10], [40]):
         first, second = (read(model, ids, pieces, LatentCache(NANO))[-1].logits for _ in range(2))
         assert torch.equal(first, second)
+
+
+class Seen(LatentCache):
+    """Keeps what each layer hands over, as a notebook's own cache does."""
+
+    def append(self, layer: int, latent: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        self.seen = {**getattr(self, "seen", {}), layer: latent}
+        return super().append(layer, latent, *rest, **more)
+
+
+def test_a_cache_with_methods_of_its_own_is_handed_every_latent() -> None:
+    model, ids = awake(NANO, torch.float64), torch.arange(6)[None]
+    own, patched, handed = Seen(NANO), LatentCache(NANO), []
+    plain = patched.append
+    patched.append = lambda layer, *rest: handed.append(layer) or plain(layer, *rest)
+    with torch.no_grad():
+        expected = model(ids, cache=LatentCache(NANO)).logits
+        for cache in (own, patched):
+            torch.testing.assert_close(model(ids, cache=cache).logits, expected)
+    assert sorted(own.seen) == sorted(handed) == list(range(NANO.num_hidden_layers))
