@@ -14,7 +14,7 @@ from dsv3lib.training.text.folder import open_domains
 from dsv3lib.training.text.tokenizer import Tokenizer
 
 REFUSED = {
-    "--parallel pp=4,ep=2": "ep: 2",
+    "--parallel pp=2,ep=3": "ep: 3, expected a divisor of n_routed_experts",
     "--parallel pp=4,tp=2": "tp=2",
     "--parallel pp=8 --schedule 1f1b": "stages",
     "--parallel pp=2 --schedule dualpipe --microbatches 7": "microbatches: 7",
