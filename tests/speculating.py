@@ -9,7 +9,7 @@ import torch
 from dsv3lib import DeepSeekV3, ModelConfig
 from dsv3lib.inference.request import Request
 from dsv3lib.inference.sampling import Sampler
-from dsv3lib.inference.speculative import speculate, verify
+from dsv3lib.inference.speculative import Verdict, speculate, verify
 
 VOCAB = 24
 NEVER = ()
@@ -86,3 +86,9 @@ def sampled(
     new = torch.tensor(rows)[:, prompt.shape[1] :]
     index = (new * SMALL ** torch.arange(NEW - 1, -1, -1)).sum(-1)
     return torch.bincount(index, minlength=SMALL**NEW).double()
+
+
+def forgets_the_residual(drafts, q, logits, sizes, sampler):
+    """Wrong: after a draft that fell, the token is drawn from p and not from what is left of it."""
+    accepted, _ = verify(drafts, q, logits, sizes, sampler)
+    return Verdict(accepted, sampler.draw(sampler.probabilities(logits)[torch.arange(len(drafts)), accepted]))

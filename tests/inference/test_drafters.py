@@ -11,6 +11,7 @@ from speculating import (
     VOCAB,
     chain_model,
     deviation,
+    forgets_the_residual,
     joint_distribution,
     prompts,
     sampled,
@@ -24,7 +25,7 @@ from dsv3lib.inference.drafters.draft_model import DraftModel
 from dsv3lib.inference.drafters.lookup import PromptLookup, lookup
 from dsv3lib.inference.drafters.mtp_chain import MTPChain
 from dsv3lib.inference.request import Request
-from dsv3lib.inference.speculative import Verdict, speculate, verify
+from dsv3lib.inference.speculative import Verdict, speculate
 
 
 class Schedule:
@@ -94,7 +95,9 @@ def test_after_rounds_without_drafts_the_chain_drafts_as_if_it_had_never_paused(
             compared += 1
             same += round_.drafts[0][:1] == at[position][:1]
         position += len(round_.tokens[0])
-    assert compared >= 3 and (same == compared or remembers < 128)
+    assert compared >= 3
+    if remembers > 24:  # than the whole text: nothing is forgotten
+        assert same == compared
 
 
 # ---- prompt lookup ----------------------------------------------------------------------------------------
@@ -161,12 +164,6 @@ def threshold(drafts, q, logits, sizes, sampler):
     likely = p[:, :-1].gather(-1, drafts[..., None]).squeeze(-1) > 0.3
     accepted = (likely & (torch.arange(drafts.shape[1]) < sizes[:, None])).long().cumprod(-1).sum(-1)
     return Verdict(accepted, sampler.draw(p[torch.arange(len(drafts)), accepted]))
-
-
-def forgets_the_residual(drafts, q, logits, sizes, sampler):
-    """Wrong: after a draft that fell, the token is drawn from p and not from what is left of it."""
-    accepted, _ = verify(drafts, q, logits, sizes, sampler)
-    return Verdict(accepted, sampler.draw(sampler.probabilities(logits)[torch.arange(len(drafts)), accepted]))
 
 
 PROMPT = torch.tensor([[1, 2, 0, 1, 2]])

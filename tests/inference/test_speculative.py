@@ -11,6 +11,7 @@ from speculating import (
     VOCAB,
     chain_model,
     deviation,
+    forgets_the_residual,
     joint_distribution,
     prompts,
     sampled,
@@ -189,12 +190,6 @@ def always_accept(drafts, q, logits, sizes, sampler):
     return Verdict(sizes, sampler.draw(p))
 
 
-def draw_from_p_after_a_fall(drafts, q, logits, sizes, sampler):
-    """Wrong: after a draft that fell, the token is drawn from p and not from what is left of it."""
-    accepted, _ = verify(drafts, q, logits, sizes, sampler)
-    return Verdict(accepted, sampler.draw(sampler.probabilities(logits)[torch.arange(len(drafts)), accepted]))
-
-
 @pytest.mark.parametrize(
     "depth, draft_tokens, temperature, top_p",
     [(2, None, 1.0, 1.0), (1, 3, 0.8, 0.9)],
@@ -209,7 +204,7 @@ def test_the_distribution_of_the_text_does_not_change(depth, draft_tokens, tempe
     assert abs(deviation(counts, p)) < 4
 
 
-@pytest.mark.parametrize("verifier", [always_accept, draw_from_p_after_a_fall])
+@pytest.mark.parametrize("verifier", [always_accept, forgets_the_residual])
 def test_a_wrong_verifier_changes_the_distribution_and_is_seen(verifier):
     model, prompt = tiny_vocabulary(2), torch.tensor([[1, 2, 0]])
     p = joint_distribution(model, prompt, 1.0, 1.0)
