@@ -1,6 +1,8 @@
 """What the ranks of the tests of expert parallelism do; imported by their processes, which do not run under pytest."""
 
 import os
+import time
+from contextlib import contextmanager
 
 import pipeline_work as pipeline
 import torch
@@ -9,6 +11,7 @@ from dsv3lib import DeepSeekV3
 from dsv3lib.fp8 import Recipe
 from dsv3lib.layers.operations import PLAIN_OPERATIONS
 from dsv3lib.pipeline import schedule
+from dsv3lib.pipeline.runtime.chunk import Pass
 from dsv3lib.pipeline.runtime.engine import Engine, groups_of
 from dsv3lib.pipeline.runtime.layout import Layout
 from dsv3lib.training.loop.balance import update_bias
@@ -66,12 +69,36 @@ def train(links_of, case, tell=lambda doing: None, at_once=False):
     }  # fmt: skip
 
 
+@contextmanager
+def as_long_as_in_a_large_model(seconds=0.02):
+    """Stages that take longer than a busy machine needs to let the exchanges' thread begin; the numbers are the same.
+
+    Here a stage computes for a millisecond, and four ranks share two cores: an exchange that was launched before it
+    would often begin after it.
+    """
+    own = Pass._timed
+
+    def timed(self, stage, *grad):
+        def longer(*grad):
+            time.sleep(seconds)  # first: what a stage launches, it launches at its end
+            return stage(*grad)
+
+        return own(self, longer, *grad)
+
+    Pass._timed = timed
+    try:
+        yield
+    finally:
+        Pass._timed = own
+
+
 def all_cases(rank, cases, at_once=False):
     """Every case of one world size in the same processes."""
     found = []
     for case in cases:
         place = list(Layout.parse(case[1]).mesh().get_coordinate())
-        found.append(train(rank.links, case, rank.tell, at_once) | {"place": place})
+        with as_long_as_in_a_large_model(0.02 if case[0] == "dualpipe" else 0):
+            found.append(train(rank.links, case, rank.tell, at_once) | {"place": place})
     return found
 
 
