@@ -126,6 +126,12 @@ def test_sides_that_differ_are_not_timed() -> None:
 def test_a_difference_is_refused(wrong: float) -> None:
     with pytest.raises(cpu.LogitsDiffer):
         cpu.same(torch.zeros(3), torch.tensor([0.0, wrong, 0.0]), "logits")
+    one, two = torch.zeros(2, 1, 2000, 5)
+    one[0, 7, 2] = two[0, 9, 0] = wrong
+    assert cpu.same(one, torch.full_like(one, 1e-5), "logits", ties=cpu.TIES) == pytest.approx(1e-5)  # a tie
+    for more in (one + two, torch.full_like(one, wrong)):
+        with pytest.raises(cpu.LogitsDiffer):
+            cpu.same(more, torch.zeros_like(more), "logits", ties=cpu.TIES)
 
 
 def test_both_sides_hold_the_same_weights_and_gradients_in_every_backend() -> None:

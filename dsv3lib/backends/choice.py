@@ -13,6 +13,8 @@ plain      everywhere else, and under autocast   none: ``layers/`` as it is writ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -71,6 +73,7 @@ class Choice:
 
     def __init__(self) -> None:
         self._survey: Survey | None = None
+        self._settled = False
         self._backends: dict[type[Chosen], Chosen] = {}
 
     def __reduce__(self) -> tuple:
@@ -84,9 +87,27 @@ class Choice:
             model: as it is now.
             mtp: whether the MTP modules are asked about too.
         """
+        if self._settled:
+            return self._survey
         if self._survey is None or not (self._main.unchanged() and (not mtp or self._rest.unchanged())):
             self._look(model)
         return self._survey
+
+    @contextmanager
+    def settled(self, model: nn.Module) -> Iterator[None]:
+        """Look once for several calls in a row, between which nobody gets hold of the model.
+
+        A look takes a twentieth of a small model's pass, and a round of speculation makes a handful of calls.
+
+        Args:
+            model: as it is now.
+        """
+        self.survey(model)
+        before, self._settled = self._settled, True
+        try:
+            yield
+        finally:
+            self._settled = before
 
     def backend(self, model: nn.Module, like: Tensor, mtp: bool = True) -> Chosen:
         """Who computes a call.

@@ -1,14 +1,14 @@
 """Absorbed attention of few tokens over the cached latents, in NumPy (paper §2.1.1; ``layers.attention`` defines it).
 
-Tokens times heads are the rows of two matrix products with the latents. The context is cut into pieces, whose products
-NumPy does one after the other at one call.
+Tokens times heads are the rows of two matrix products with the latents. A longer context is cut into pieces, whose
+products NumPy does one after the other at one call.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .token_weights import matmul
+from .token_weights import ONE_THREAD, matmul
 from .weight_copies import Array
 
 # Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
@@ -39,6 +39,22 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
 
 
 def _attend(q: Array, past: Array, rank: int) -> Array:
+    at_once = q.size * len(past) <= ONE_THREAD
+    return _attend_at_once(q, past, rank) if at_once else _attend_by_pieces(q, past, rank)
+
+
+def _attend_at_once(q: Array, past: Array, rank: int) -> Array:
+    n_new, heads, latent_dim = q.shape
+    p = np.matmul(q.reshape(-1, latent_dim), past.T)
+    hide_what_comes_later(p.reshape(n_new, heads, -1))
+    p -= p.max(1, keepdims=True)
+    np.exp(p, p)
+    u = np.matmul(p, past[:, :rank])
+    u /= p.sum(1, keepdims=True)
+    return u.reshape(n_new, heads, rank)
+
+
+def _attend_by_pieces(q: Array, past: Array, rank: int) -> Array:
     n_new, heads, latent_dim = q.shape
     n_total, rows = len(past), n_new * heads
     piece = max(PIECE_LEAST, PIECE_VALUES // latent_dim)

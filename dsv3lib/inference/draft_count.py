@@ -5,15 +5,17 @@ before it did, and takes t_m seconds. The best m has the most tokens a second, a
 drafts do not pay, none are made. Both sides of the quotient are learned from the rounds themselves, since they move:
 a pass over m + 1 tokens costs more where attention is bound by arithmetic, acceptance falls and rises with the text.
 So what is not the best is tried again now and then, and the time that trials lose stays below a stated share of all.
+What one text taught, the next one of the same model begins with: over few tokens the first trials would weigh.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 from ..errors import InputError
 from .acceptance import Round
@@ -84,6 +86,16 @@ class AdaptiveCount:
         self._tried = [0.0] * (most + 1)  # when it ended
         self._now, self._left, self._trial = 0, 0, (0.0, 0.0)
         self._began = self._clock()
+
+    def begin_with(self, earlier: AdaptiveCount) -> None:
+        """Take over what another run of the same model has learned; the two go on apart.
+
+        Args:
+            earlier: with as many drafts at most, and the same clock.
+        """
+        self._stood = [list(of_depth) for of_depth in earlier._stood]
+        self._seconds = [seconds.copy() for seconds in earlier._seconds]
+        self._lost, self._tried = list(earlier._lost), list(earlier._tried)
 
     def next(self) -> int:
         """The best number, or one whose turn it is to be tried; the round's time runs from here."""
@@ -156,18 +168,31 @@ def tokens_of_a_round(acceptance: Sequence[float]) -> float:
     return total
 
 
-def count_of(draft_tokens: int | str | None, usual: int) -> DraftCount:
+_LATEST: WeakKeyDictionary[object, dict[Hashable, AdaptiveCount]] = WeakKeyDictionary()
+
+
+def count_of(
+    draft_tokens: int | str | None, usual: int, model: object = None, run: Hashable = None
+) -> DraftCount:
     """What ``generate``'s argument ``draft_tokens`` stands for.
 
     Args:
         draft_tokens: a number, ``None`` for the drafter's usual one, or "auto".
         usual: the drafter's.
+        model: whose latest run of the same kind "auto" begins with; with ``None`` it begins anew.
+        run: of which kind it is: what costs and acceptance hang on.
 
     Raises:
         InputError: a number below 1, or another word.
     """
     if draft_tokens == "auto":
-        return AdaptiveCount(max(usual, 2))
+        count = AdaptiveCount(max(usual, 2))
+        if model is not None:
+            of_model, kind = _LATEST.setdefault(model, {}), (run, count.most)
+            if kind in of_model:
+                count.begin_with(of_model[kind])
+            of_model[kind] = count
+        return count
     if isinstance(draft_tokens, str):
         raise InputError(f'draft_tokens: {draft_tokens!r}, expected a number from 1 on, or "auto"')
     return FixedCount(usual if draft_tokens is None else draft_tokens)

@@ -100,8 +100,9 @@ def speculate(
         model: verifies.
         request: prompts and settings. Rows go on independently of each other.
         draft_tokens: m; by default the drafter's own number (one per MTP module; beyond that the last module is
-            used again). "auto" takes in each round what gave the most tokens a second, none where drafts do not pay;
-            what is sampled then hangs on the machine's clock, what is greedy does not. Or an object that says it.
+            used again). "auto" takes in each round what gave the most tokens a second, none where drafts do not pay,
+            and remembers it with the model; what is sampled then hangs on the machine's clock, what is greedy does
+            not. Or an object that says it.
         statistics: is filled along the way. verifier: ``verify``, or a wrong one to see what breaks.
         drafter: as for ``drafters.drafter_of``; by default the MTP chain.
 
@@ -149,7 +150,8 @@ class Speculation:
         self._drafter = drafter_of(drafter)
         usual = self._drafter.drafts_a_round(model)
         known = draft_tokens is None or isinstance(draft_tokens, int | str)
-        self.count = count_of(draft_tokens, usual) if known else draft_tokens
+        run = (type(self._drafter), len(request.lengths), request.sampler.greedy)
+        self.count = count_of(draft_tokens, usual, model, run) if known else draft_tokens
         self.cache = LatentCache(model.config, capacity=request.reserve)
         ids = request.input_ids.cpu()
         self.text = torch.cat([ids, ids.new_zeros(ids.shape[0], request.max_new_tokens)], 1)
@@ -170,12 +172,16 @@ class Speculation:
     @torch.inference_mode()
     def step(self) -> Round:
         """Draft, verify, keep what stands."""
+        with self.model.choice.settled(self.model):
+            return self._step()
+
+    def _step(self) -> Round:
         device, n = self.request.input_ids.device, self._n
         left = self._start + self.request.max_new_tokens - n
         wanted = np.minimum(left - 1, self.count.next()) * ~self._ended  # one is the model's own
         drafts = self._draft(torch.from_numpy(wanted))
         newest = torch.from_numpy(self._text[self._rows, n - 1][:, None]).to(device)
-        reads = torch.from_numpy((drafts.sizes.numpy() + 1) * ~self._ended)
+        reads = (drafts.sizes.numpy() + 1) * ~self._ended
         out = self.model(
             torch.cat([newest, drafts.tokens], 1), cache=self.cache,
             lengths=unless_full(reads, drafts.tokens.shape[1] + 1),

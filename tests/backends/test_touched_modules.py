@@ -7,6 +7,9 @@ from strategies import SEEDS, build, small, tokens
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from dsv3lib.inference.request import Request
+from dsv3lib.inference.speculative import speculate
+
 SIZE = small(vocab_size=30, num_nextn_predict_layers=1)
 LAYERS = ("model.layers.0.", "model.layers.1.")
 LINEARS = [layer + "self_attn." + name for layer in LAYERS
@@ -123,3 +126,24 @@ def test_the_touches_do_change_the_model() -> None:
         before = model(ids).logits
         apply(model, places[0])
         assert not torch.equal(before, model.double()(ids).logits), name
+
+
+def test_what_is_done_between_two_rounds_counts_from_the_next_on() -> None:
+    """A round looks at the modules once, and then no longer until it ends."""
+    model = build(SIZE, 0, torch.float64)
+    with torch.inference_mode():
+        request = Request.of(model, tokens(SIZE, 1, 4), 9, stop_tokens=())
+        rounds = speculate(model, request, 1)
+        text = [*tokens(SIZE, 1, 4)[0].tolist(), *next(rounds).tokens[0], *next(rounds).tokens[0]]
+        with model.choice.settled(model):
+            patch(model, "model.norm")
+            assert not model.choice.survey(model).touched
+            with model.choice.settled(model):
+                pass
+            assert not model.choice.survey(model).touched
+        assert model.choice.survey(model).touched
+        gained = next(rounds).tokens[0]
+        expected = list(text)
+        for _ in gained:
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert expected == text + gained

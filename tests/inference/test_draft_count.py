@@ -106,6 +106,24 @@ def test_trials_lose_no_more_than_their_share():
     assert 0 < lost - start <= LOSES_AT_MOST * world.time
 
 
+def test_the_next_text_begins_with_what_the_last_one_taught():
+    model = torch.nn.Identity()
+    world = World([1.0, 1.2, 3.0], [0.9, 0.1])
+    first = count_of("auto", 2, model, "a kind")
+    first._clock = world.clock
+    world.run(first, 200)
+    world.chosen.clear()
+    for kind, times in (("a kind", 20), ("another kind", 0)):
+        again = count_of("auto", 2, model, kind)
+        again._clock = world.clock
+        assert again is not first
+        world.run(again, 20)
+        assert world.chosen[-20:].count(1) == times or times == 0 and set(world.chosen[-20:]) == {0, 1, 2}
+    rates = [first.tokens_a_second(m) for m in range(3)]
+    assert [count_of("auto", 2, model, "a kind").tokens_a_second(m) for m in range(3)] != rates  # it went on apart
+    assert count_of("auto", 2).tokens_a_second(0) == 0 and count_of(2, 1, model, "a kind").next() == 2
+
+
 def test_a_guess_that_is_not_made_counts_as_one_that_fell():
     """Prompt lookup often finds nothing; a few finds that stand must not look like an acceptance of 1."""
     count = AdaptiveCount(1, clock=lambda: 0.0)

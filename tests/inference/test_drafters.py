@@ -24,6 +24,7 @@ from dsv3lib.inference.drafters import Drafts
 from dsv3lib.inference.drafters.draft_model import DraftModel
 from dsv3lib.inference.drafters.lookup import PromptLookup, lookup
 from dsv3lib.inference.drafters.mtp_chain import MTPChain
+from dsv3lib.inference.drafters.windows import take
 from dsv3lib.inference.request import Request
 from dsv3lib.inference.speculative import Verdict, speculate
 
@@ -98,6 +99,20 @@ def test_after_rounds_without_drafts_the_chain_drafts_as_if_it_had_never_paused(
     assert compared >= 3
     if remembers > 24:  # than the whole text: nothing is forgotten
         assert same == compared
+
+
+@given(
+    starts=st.lists(st.integers(-2, 9), min_size=1, max_size=3), width=st.integers(0, 6), wide=st.booleans(),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_a_window_is_the_loop(starts, width, wide, seed):
+    shape = (len(starts), 8, 3) if wide else (len(starts), 8)
+    values = torch.randint(100, shape, generator=torch.Generator().manual_seed(seed))
+    found = take(values, np.array(starts), width)
+    assert found.shape == (len(starts), width, *shape[2:])
+    for row, start in enumerate(starts):
+        for i in range(width):
+            assert torch.equal(found[row, i], values[row, min(max(start + i, 0), 7)])
 
 
 # ---- prompt lookup ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -83,10 +84,10 @@ class ModelDrafting:
     def draft(self, text: Int[Tensor, "B capacity"], n: Int[Tensor, " B"], sizes: Int[Tensor, " B"]) -> Drafts:
         """As ``Drafting.draft``: first reads what was confirmed since, then goes on alone."""
         device, m, rows = self.model.lm_head.weight.device, int(sizes.max()), torch.arange(len(n))
-        new = (n - self.cache.lengths).masked_fill(sizes == 0, 0)
-        width = int(new.max())
-        tokens = take(text, self.cache.lengths, width).to(device)
-        logits = self._read(tokens, new)[rows, (new - 1).clamp(min=0)]
+        read = self.cache.lengths.numpy()
+        new = np.where(sizes.numpy() == 0, 0, n.numpy() - read)
+        tokens = take(text, read, int(new.max())).to(device)
+        logits = self._read(tokens, new)[rows, torch.from_numpy(new - 1).clamp(min=0)]
         drafts: list[Tensor] = []
         q: list[Tensor] = []
         for k in range(1, m + 1):
@@ -96,10 +97,12 @@ class ModelDrafting:
                 q.append(self.sampler.probabilities(logits))
                 drafts.append(self.sampler.draw(q[-1], sizes >= k))
             if k < m:
-                logits = self._read(drafts[-1][:, None], (sizes > k).long())[:, 0]
+                logits = self._read(drafts[-1][:, None], (sizes.numpy() > k).astype(np.int64))[:, 0]
         return Drafts(torch.stack(drafts, 1), torch.stack(q, 1) if q else None, sizes)
 
-    def _read(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B T vocab"]:
+    def _read(
+        self, tokens: Int[Tensor, "B T"], lengths: Int[np.ndarray, " B"]
+    ) -> Float[Tensor, "B T vocab"]:
         return self.model(tokens, cache=self.cache, lengths=unless_full(lengths, tokens.shape[1])).logits
 
     def confirm(

@@ -10,8 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from ...errors import InputError
@@ -89,42 +90,40 @@ class ChainDrafting:
         self.modules = list(model.model.layers[model.config.num_hidden_layers :])[:draft_tokens]
         self.cache = LatentCache(model.config, mtp=True, capacity=capacity)
         self.cache.plan(hidden.shape[0], 0)  # the rows are there, and empty
-        self._first = self.cache.lengths  # position of hidden[:, 0]
-        self._offset = torch.zeros_like(self._first)  # position of the cache's first latent
+        self._first = np.zeros(len(hidden), np.int64)  # position of hidden[:, 0]
+        self._offset = np.zeros(len(hidden), np.int64)  # position of the cache's first latent
         self._drafted = False
         # Hidden states of passes without drafts, not yet joined to ``hidden``; and each row's n before them.
         self._skipped: deque[Tensor] = deque(maxlen=remembers)
-        self._since: Tensor | None = None
+        self._since: np.ndarray | None = None
 
     def draft(self, text: Int[Tensor, "B capacity"], n: Int[Tensor, " B"], sizes: Int[Tensor, " B"]) -> Drafts:
         """As ``Drafting.draft``: once through the chain, then the last module again."""
-        self._catch_up(n)
-        device, rows = self.hidden.device, torch.arange(len(n))
-        new = (n - 1 - self._first).masked_fill(sizes == 0, 0)
-        width, last = int(new.max()), (new - 1).clamp(min=0)
-        tokens = take(text, self._first + 1, width).to(device)  # of each position the one after it
-        hidden = self.hidden[:, :width]
-        lengths = unless_full(new, width)
+        counts, wanted = n.numpy(), sizes.numpy()
+        self._catch_up(counts)
+        new = np.where(wanted == 0, 0, counts - 1 - self._first)
+        width, m = int(new.max()), int(wanted.max())
+        tokens = take(text, self._first + 1, width).to(self.hidden.device)  # of each position the one after it
+        hidden, lengths = self.hidden[:, :width], unless_full(new, width)
+        last = torch.from_numpy(np.maximum(new - 1, 0))
         step = self.model.begin(tokens, self.cache, lengths)
         drafts: list[Tensor] = []
         q: list[Tensor] = []
         for module in self.modules:  # all of them, even for fewer drafts: their latents are wanted later
             hidden, _ = module.advance(hidden, self.model.model.embed_tokens(tokens), step)
-            newest = hidden[rows, last]
+            newest = hidden[:, -1] if lengths is None else hidden[torch.arange(len(n)), last]
             self._pick(newest, sizes, drafts, q)
-            tokens = tokens.roll(-1, 1)
-            tokens[rows, last] = drafts[-1]
+            tokens = _further(tokens, drafts[-1], None if lengths is None else last)
         self.cache.advance(width, lengths)
-        for k in range(len(drafts), int(sizes.max())):
+        for k in range(len(drafts), m):
             # Both what a module puts out and what it takes in stand for "all up to here": it goes on from
             # its own output, one position further each time.
-            tokens, lengths = drafts[-1][:, None], unless_full((sizes > k).long(), 1)
+            tokens, lengths = drafts[-1][:, None], unless_full((wanted > k).astype(np.int64), 1)
             step = self.model.begin(tokens, self.cache, lengths)
             hidden, _ = module.advance(newest[:, None], self.model.model.embed_tokens(tokens), step)
             newest = hidden[:, 0]
             self._pick(newest, sizes, drafts, q)
             self.cache.advance(1, lengths)
-        m = int(sizes.max())
         self._drafted = True
         return Drafts(torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None, sizes)
 
@@ -149,12 +148,12 @@ class ChainDrafting:
         """
         if self._drafted:
             self._drafted = False
-            self._take_in(before, n, hidden)
+            self._take_in(before.numpy(), n.numpy(), hidden)
         else:
-            self._since = before.clone() if self._since is None else self._since
+            self._since = before.numpy().copy() if self._since is None else self._since
             self._skipped.append(hidden)
 
-    def _catch_up(self, n: Int[Tensor, " B"]) -> None:
+    def _catch_up(self, n: Int64[np.ndarray, " B"]) -> None:
         """Join what the model read in passes without drafts; of very many only the last ones."""
         if self._since is None:
             return
@@ -166,21 +165,39 @@ class ChainDrafting:
         else:  # Some were forgotten: begin anew. RoPE tells distances alone, so the latents may count from 0.
             self.cache.crop(0)
             self.hidden = joined
-            self._first = self._offset = (n - 1 - joined.shape[1]).clamp(min=0)
+            self._first = self._offset = np.maximum(n - 1 - joined.shape[1], 0)
 
     def _take_in(
-        self, before: Int[Tensor, " B"], n: Int[Tensor, " B"], hidden: Float[Tensor, "B Tk D"]
+        self, before: Int64[np.ndarray, " B"], n: Int64[np.ndarray, " B"], hidden: Float[Tensor, "B Tk D"]
     ) -> None:
         # At position i the deepest module has read token i + depth. Sure are the drafts that stand, and not
         # the newest token, which the model put in the place of a draft that fell.
-        sure = (n - 1 - len(self.modules)).clamp(min=0).minimum(before - 1)
-        first = (self.cache.lengths + self._offset).minimum(sure).maximum(self._offset)
-        self.cache.crop(first - self._offset)
-        width = int((n - 1 - first).max())
-        places = first[:, None] + torch.arange(width)
-        held = self.hidden.shape[1]
-        of_old, of_new = places - self._first[:, None], places - before[:, None] + 1
-        index = torch.where(of_new < 0, of_old, held + of_new).clamp(0, held + hidden.shape[1] - 1)
-        joined = torch.cat([self.hidden, hidden], 1)
-        self.hidden = joined[torch.arange(len(n))[:, None], index]
+        sure = np.minimum(np.maximum(n - 1 - len(self.modules), 0), before - 1)
+        first = np.maximum(np.minimum(self.cache.lengths.numpy() + self._offset, sure), self._offset)
+        self.cache.crop(torch.from_numpy(first - self._offset))
+        width, held = int((n - 1 - first).max()), self.hidden.shape[1]
+        if len(n) == 1:  # the same as below, without gathering
+            old = self.hidden[:, int(first[0] - self._first[0]) : int(before[0] - 1 - self._first[0])]
+            self.hidden = torch.cat([old, hidden], 1)[:, :width]
+        else:
+            places = first[:, None] + np.arange(width)
+            of_old, of_new = places - self._first[:, None], places - before[:, None] + 1
+            index = np.where(of_new < 0, of_old, held + of_new).clip(0, held + hidden.shape[1] - 1)
+            joined = torch.cat([self.hidden, hidden], 1)
+            self.hidden = joined[torch.arange(len(n))[:, None], torch.from_numpy(index)]
         self._first = first
+
+
+def _further(
+    tokens: Int[Tensor, "B T"], draft: Int[Tensor, " B"], last: Int[Tensor, " B"] | None
+) -> Int[Tensor, "B T"]:
+    """Each row's tokens one place ahead, its draft behind them.
+
+    Args:
+        last: each row's last place; ``None`` where all rows are full.
+    """
+    if last is None:
+        return torch.cat([tokens[:, 1:], draft[:, None]], 1)
+    tokens = tokens.roll(-1, 1)
+    tokens[torch.arange(len(tokens)), last] = draft
+    return tokens
