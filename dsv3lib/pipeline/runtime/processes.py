@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ... import errors
 from ...checks import require_integer
 from ...errors import ConfigError, Dsv3Error, TrainingError
 from . import status
@@ -157,18 +156,12 @@ def _failure(codes: list[int | None], folder: Path) -> Dsv3Error:
             return TrainingError(
                 f"rank {rank} was killed (signal {-codes[rank]}) during {one.doing}; all ranks were ended"
             )
-    own = [rank for rank, one in seen.items() if one.error and not _is_echo(one.error)]
+    own = [rank for rank, one in seen.items() if one.error and not status.is_echo(one.error)]
     rank = min(own or seen, key=lambda rank: seen[rank].beat)
     text = seen[rank].error or f"ended with status {codes[rank]}"
     if not seen[rank].error:
         text += ": " + (folder / f"output-{rank}.txt").read_text(errors="replace")[-500:]
-    kind = getattr(errors, text.partition(":")[0], TrainingError)
-    return kind(f"rank {rank} failed during {seen[rank].doing}: {text}; all ranks were ended")
-
-
-def _is_echo(error: str) -> bool:
-    """Whether a rank only saw that another was gone."""
-    return error.startswith("DistBackendError") or "onnection" in error or "gloo" in error.lower()
+    return status.failure(rank, seen[rank].doing, text)
 
 
 def _end(started: list[subprocess.Popen]) -> None:

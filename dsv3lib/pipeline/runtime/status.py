@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from ... import errors
+from ...errors import Dsv3Error, TrainingError
+
 _SIZE = 4096
 BEAT = 0.5
 """Seconds between two signs of life."""
@@ -42,6 +45,21 @@ def read(folder: Path, rank: int) -> Seen:
     if len(lines) < 3 or not lines[0]:
         return Seen(0.0, "starting", "")
     return Seen(float(lines[0]), lines[1], lines[2].rstrip("\0"))
+
+
+def failure(rank: int, doing: str, error: str) -> Dsv3Error:
+    """The error of a run whose rank has failed, of the rank's own kind.
+
+    Args:
+        rank: which. doing: what. error: "TypeError: …".
+    """
+    kind = getattr(errors, error.partition(":")[0], TrainingError)
+    return kind(f"rank {rank} failed during {doing}: {error}; all ranks were ended")
+
+
+def is_echo(error: str) -> bool:
+    """Whether a rank only saw that another was gone."""
+    return error.startswith("DistBackendError") or "onnection" in error or "gloo" in error.lower()
 
 
 class Status:

@@ -1,6 +1,6 @@
 """One rank's process: joins the others over gloo, does its work, writes down its result or its error.
 
-Started by ``processes.launch``; or by torchrun, for which :func:`join` is enough.
+Started by ``processes.launch``; or by torchrun, whose ranks watch one another (:func:`as_torchrun_says`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from .heartbeat import Heartbeat
 from .links import GlooLinks
 from .status import Status
 
@@ -49,24 +50,41 @@ class Rank:
         return every
 
 
-def join(timeout: timedelta = TIMEOUT) -> Rank:
-    """Join the process group that torchrun's environment variables describe.
+def as_torchrun_says(work: Callable[[Rank], Any], timeout: timedelta = TIMEOUT) -> Any:
+    """Do a rank's work among those that torchrun has started; its environment variables say where they meet.
 
     Args:
-        timeout: of every exchange.
+        work: what this rank does. timeout: of every exchange.
+
+    Returns:
+        What the work returned.
 
     Raises:
         ConfigError: there is no meeting at that address and port.
+        Dsv3Error: the work raised; it names rank and action. Where another rank failed, stopped or was killed, this
+            process ends instead, and says which.
     """
     try:
-        dist.init_process_group("gloo", timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        heart = Heartbeat(store, rank, world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"{where}: the ranks cannot meet there ({str(error).splitlines()[0]}); is the port in use, or are ranks "
             "missing? Give torchrun another --master-port"
         ) from error
-    return Rank(dist.get_rank(), dist.get_world_size())
+    heart.start()
+    member = Rank(rank, world, heart.tell)
+    try:
+        result = work(member)
+        heart.tell("finished")
+        dist.barrier()  # nobody leaves while another still wants something of it
+    except Exception as error:
+        raise heart.blame(error) from error
+    heart.leave()
+    dist.destroy_process_group()
+    return result
 
 
 def main(folder: Path, rank: int, world: int, port: int, parent: int) -> int:

@@ -156,12 +156,7 @@ def _fewest(name: str, layout: Layout) -> int:
 
 def _as_torchrun_says(args: argparse.Namespace, parallel: Parallel) -> int:
     parallel.layout.refuse_world(int(os.environ.get("WORLD_SIZE", "1")))
-    member = worker.join()
-    try:
-        reason = train_rank(member, vars(args), parallel.to_dict())
-        member.gather_objects(reason)  # nobody leaves while another still wants something of it
-    finally:
-        dist.destroy_process_group()
+    reason = worker.as_torchrun_says(lambda rank: train_rank(rank, vars(args), parallel.to_dict()))
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
 
 
