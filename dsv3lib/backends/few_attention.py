@@ -39,17 +39,22 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
 
 
 def _attend(q: Array, past: Array, rank: int) -> Array:
-    at_once = q.size * len(past) <= ONE_THREAD
+    at_once = q.size * len(past) <= ONE_THREAD or len(past) - len(q) < _piece(q.shape[-1])
     return _attend_at_once(q, past, rank) if at_once else _attend_by_pieces(q, past, rank)
+
+
+def _piece(latent_dim: int) -> int:
+    return max(PIECE_LEAST, PIECE_VALUES // latent_dim)
 
 
 def _attend_at_once(q: Array, past: Array, rank: int) -> Array:
     n_new, heads, latent_dim = q.shape
-    p = np.matmul(q.reshape(-1, latent_dim), past.T)
+    rows = n_new * heads
+    p = matmul(q.reshape(rows, latent_dim), past.T, np.empty((rows, len(past)), q.dtype))
     hide_what_comes_later(p.reshape(n_new, heads, -1))
     p -= p.max(1, keepdims=True)
     np.exp(p, p)
-    u = np.matmul(p, past[:, :rank])
+    u = matmul(p, past[:, :rank], np.empty((rows, rank), q.dtype))
     u /= p.sum(1, keepdims=True)
     return u.reshape(n_new, heads, rank)
 
@@ -57,7 +62,7 @@ def _attend_at_once(q: Array, past: Array, rank: int) -> Array:
 def _attend_by_pieces(q: Array, past: Array, rank: int) -> Array:
     n_new, heads, latent_dim = q.shape
     n_total, rows = len(past), n_new * heads
-    piece = max(PIECE_LEAST, PIECE_VALUES // latent_dim)
+    piece = _piece(latent_dim)
     whole = (n_total - n_new) // piece  # pieces that every query sees all of; the last one holds what is left
     left = n_total - whole * piece
     pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
