@@ -39,47 +39,33 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
 
 
 def _attend(q: Array, past: Array, rank: int) -> Array:
-    at_once = q.size * len(past) <= ONE_THREAD or len(past) - len(q) < _piece(q.shape[-1])
-    return _attend_at_once(q, past, rank) if at_once else _attend_by_pieces(q, past, rank)
+    at_once = q.size * len(past) <= ONE_THREAD
+    return _attend_by_pieces(q, past, rank, len(past) if at_once else max(PIECE_LEAST, PIECE_VALUES // q.shape[-1]))
 
 
-def _piece(latent_dim: int) -> int:
-    return max(PIECE_LEAST, PIECE_VALUES // latent_dim)
-
-
-def _attend_at_once(q: Array, past: Array, rank: int) -> Array:
-    n_new, heads, latent_dim = q.shape
-    rows = n_new * heads
-    p = matmul(q.reshape(rows, latent_dim), past.T, np.empty((rows, len(past)), q.dtype))
-    hide_what_comes_later(p.reshape(n_new, heads, -1))
-    p -= p.max(1, keepdims=True)
-    np.exp(p, p)
-    u = matmul(p, past[:, :rank], np.empty((rows, rank), q.dtype))
-    u /= p.sum(1, keepdims=True)
-    return u.reshape(n_new, heads, rank)
-
-
-def _attend_by_pieces(q: Array, past: Array, rank: int) -> Array:
+def _attend_by_pieces(q: Array, past: Array, rank: int, piece: int) -> Array:
+    """The same, with pieces that every query sees all of, and a rest."""
     n_new, heads, latent_dim = q.shape
     n_total, rows = len(past), n_new * heads
-    piece = _piece(latent_dim)
-    whole = (n_total - n_new) // piece  # pieces that every query sees all of; the last one holds what is left
-    left = n_total - whole * piece
+    whole = (n_total - n_new) // piece
     pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
     q = q.reshape(rows, latent_dim)
-    p = np.empty((whole + 1, rows, piece + n_new - 1), q.dtype)
-    matmul(q, pieces.transpose(0, 2, 1), p[:whole, :, :piece])
-    matmul(q, rest.T, p[whole, :, :left])
-    p[:whole, :, piece:] = -np.inf
-    p[whole, :, left:] = -np.inf
-    hide_what_comes_later(p[whole].reshape(n_new, heads, -1)[:, :, :left])
-    p -= p.max(0).max(1, keepdims=True)
+    p = matmul(q, rest.T, np.empty((rows, len(rest)), q.dtype))
+    hide_what_comes_later(p.reshape(n_new, heads, -1))
+    top = p.max(1, keepdims=True)
+    if whole:
+        p_whole = matmul(q, pieces.transpose(0, 2, 1), np.empty((whole, rows, piece), q.dtype))
+        top = np.maximum(top, p_whole.max(0).max(1, keepdims=True))
+        p_whole -= top
+        np.exp(p_whole, p_whole)
+    p -= top
     np.exp(p, p)
-    seen = np.empty((whole + 1, rows, rank), q.dtype)
-    matmul(p[:whole, :, :piece], pieces[..., :rank], seen[:whole])
-    matmul(p[whole, :, :left], rest[:, :rank], seen[whole])
-    u = seen.sum(0)
-    u /= p.sum(0).sum(1, keepdims=True)
+    total = p.sum(1, keepdims=True)
+    u = matmul(p, rest[:, :rank], np.empty((rows, rank), q.dtype))
+    if whole:
+        total += p_whole.sum(0).sum(1, keepdims=True)
+        u += matmul(p_whole, pieces[..., :rank], np.empty((whole, rows, rank), q.dtype)).sum(0)
+    u /= total
     return u.reshape(n_new, heads, rank)
 
 

@@ -1,4 +1,4 @@
-"""Absorbed attention at once and in pieces, in NumPy, against one softmax."""
+"""Absorbed attention in pieces of any size, in NumPy, against one softmax."""
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ def test_attends_in_pieces_as_in_one(n_new, heads, width, pieces, left, loud, se
     rank = max(1, width - 4)
     scores = (q.transpose(0, 1) @ past.T).masked_fill(~causal_mask(n_new, length, q.device), -torch.inf)
     expected = (torch.softmax(scores, -1) @ past[:, :rank]).transpose(0, 1)
-    forms = (few_attention.attend_to_latents, few_attention._attend_by_pieces, few_attention._attend_at_once)
-    for form in forms:
-        found = torch.from_numpy(form(q.numpy(), past.numpy(), rank))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if loud else 1e-12)
+    found = {"chosen": few_attention.attend_to_latents(q.numpy(), past.numpy(), rank)}
+    for size in (1, piece, length):
+        found[size] = few_attention._attend_by_pieces(q.numpy(), past.numpy(), rank, size)
+    for u in found.values():
+        torch.testing.assert_close(torch.from_numpy(u), expected, rtol=0, atol=1e-9 if loud else 1e-12)
 
 
 @given(total=st.integers(1, 12), data=st.data())
