@@ -52,7 +52,7 @@ def layers(device: torch.device, config: ModelConfig, tokens: int) -> Iterator[R
     rotations = RotaryEmbedding(config).table(tokens, x)
 
     def attend() -> Tensor:
-        return attention(x, Step(rotations, backend=choose(x)))
+        return attention(x, Step(rotations, backend=choose(x)))  # noqa: F821  deleted below
 
     yield Run("MLA forward", tokens, no_grad(attend))
     yield Run("MLA forward and backward", tokens, gradient(attend, attention, x, grad))

@@ -105,7 +105,7 @@ def ceilings(watch: Stopwatch, size: int = 8192, megabytes: int = 2048) -> Ceili
     device = watch.device
     source = torch.randint(0, 255, (megabytes * 2**20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / watch.twice(lambda: target.copy_(source)).seconds
+    copy = 2 * source.nbytes / watch.twice(lambda: target.copy_(source)).seconds  # noqa: F821  deleted below
     del source, target
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     bf16 = 2 * size**3 / watch.twice(lambda: a @ b).seconds

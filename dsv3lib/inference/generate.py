@@ -130,7 +130,7 @@ def _steps(model: DeepSeekV3, request: Request) -> Iterator[Int[Tensor, " B"]]:
             if step == 0:
                 logits, _ = prefill(model, request, cache)
             else:
-                logits = model(tokens[:, None], cache=cache).logits[:, -1]
+                logits = model(tokens[:, None], cache=cache).logits[:, -1]  # noqa: F821  the step before
             tokens = sampler.choose(logits)
             ended |= torch.isin(tokens, stops)
         yield tokens.clone()

@@ -92,7 +92,7 @@ class KneserNey:
         contexts = np.zeros(len(tokens), dtype=np.int64)  # of order n - 1, ending before i
         for n, table in enumerate(self._tables, start=1):
             if n > 1:
-                contexts = _shifted(found)
+                contexts = _shifted(found)  # noqa: F821  of the order before
             found = _lookup(table.keys, contexts, tokens, self.vocab_size)
             known = contexts >= 0
             known[known] &= table.total[contexts[known]] > 0
