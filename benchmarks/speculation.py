@@ -4,9 +4,10 @@
     python benchmarks/speculation.py --quick    # a minute, two domains; writes nothing unless --out is given
     python benchmarks/speculation.py --pass-costs 1,1.02,1.04 --draft-cost 0.03     # and what those costs would give
 
-Plain and speculative decoding continue the same prompts, round after round, each round with another prompt; a speed-up
-is the ratio of medians of the seconds a token. In the same run the costs of a pass over 1 to 5 tokens and of drafts
-are measured at the same contexts: with the counted acceptance they predict the speed-up, and both stand side by side.
+Plain and speculative decoding continue the same prompts in turn, a round of each before the next of any, since a shared
+machine is quick in one second and slow in the next; a speed-up is the ratio of the seconds a token. In the same run the
+costs of a round, of a pass over 1 to 5 tokens and of drafts are measured at the same contexts: with the counted
+acceptance they predict the speed-up, and both stand side by side.
 Prompt lookup is reported apart. Costs given on the command line are somebody's claim, not a measurement.
 """
 
@@ -89,25 +90,47 @@ def entropy_of(model: DeepSeekV3, prompt: Tensor, tokens: Sequence[int]) -> floa
     return float(-(logs.exp() * logs).sum(-1).mean()) / torch.log(torch.tensor(2.0)).item()
 
 
-def continued(
-    model: DeepSeekV3, prompt: Tensor, new: int, temperature: float, way: int | str, seed: int
-) -> tuple[list[int], float, SpeculationStatistics]:
-    """Tokens, seconds behind the prompt's own pass and first token, and what became of the drafts."""
-    counts, draw = SpeculationStatistics(), torch.Generator().manual_seed(seed)
-    if way == "plain":
-        steps: Iterable[list[int]] = (
-            token.tolist() for token in stream(model, prompt, new, temperature, stop_tokens=(), generator=draw)
-        )
-    else:
-        request = Request.of(model, prompt, new, temperature, stop_tokens=(), generator=draw)
-        drafter, number = ("lookup", None) if way == "lookup" else ("mtp", way)
-        steps = (r.tokens[0] for r in speculate(model, request, number, counts, drafter=drafter))
-    steps = iter(steps)
-    tokens = list(next(steps))
-    begun = time.perf_counter()
-    for gained in steps:
-        tokens += gained
-    return tokens, time.perf_counter() - begun, counts
+class Continuation:
+    """One way's continuation of one prompt, timed behind the prompt's own pass and first token.
+
+    Attributes:
+        tokens: all so far. seconds: of all but the first. counts: what became of the drafts.
+    """
+
+    def __init__(
+        self, model: DeepSeekV3, prompt: Tensor, new: int, temperature: float, way: int | str, seed: int
+    ) -> None:
+        self.counts, draw = SpeculationStatistics(), torch.Generator().manual_seed(seed)
+        if way == "plain":
+            steps: Iterable[list[int]] = (
+                token.tolist()
+                for token in stream(model, prompt, new, temperature, stop_tokens=(), generator=draw)
+            )
+        else:
+            request = Request.of(model, prompt, new, temperature, stop_tokens=(), generator=draw)
+            drafter, number = ("lookup", None) if way == "lookup" else ("mtp", way)
+            rounds = speculate(model, request, number, self.counts, drafter=drafter)
+            steps = (r.tokens[0] for r in rounds)
+        self._steps = iter(steps)
+        self.tokens, self.seconds = list(next(self._steps)), 0.0
+
+    def step(self) -> bool:
+        """One round more; whether there was one."""
+        begun = time.perf_counter()
+        gained = next(self._steps, None)
+        if gained is None:
+            return False
+        self.seconds += time.perf_counter() - begun
+        self.tokens += gained
+        return True
+
+
+def in_turn(runs: Sequence[Continuation]) -> None:
+    """Carry all of them to their ends, round by round, each time another first."""
+    running, first = list(runs), 0
+    while running:
+        running = [run for run in running[first:] + running[:first] if run.step()]
+        first = min(1, len(running))
 
 
 @dataclass(frozen=True)
@@ -147,15 +170,15 @@ def collect(model: DeepSeekV3, text: PackedStream, plan: Plan, progress: Callabl
             of_cell = prompts[domain, context]
             prompt = of_cell[rounds % len(of_cell)]
             for temperature in plan.temperatures:
-                first = rounds % len(WAYS)
-                for way in WAYS[first:] + WAYS[:first]:
-                    tokens, seconds, counts = continued(model, prompt, plan.new, temperature, way, rounds)
-                    samples.append(
-                        Sample(
-                            domain, context, temperature, str(way), seconds, len(tokens) - 1, counts,
-                            entropy_of(model, prompt, tokens), repeated_grams(tokens),
-                        )
-                    )  # fmt: skip
+                runs = [Continuation(model, prompt, plan.new, temperature, way, rounds) for way in WAYS]
+                in_turn(runs)
+                samples += [
+                    Sample(
+                        domain, context, temperature, str(way), run.seconds, len(run.tokens) - 1, run.counts,
+                        entropy_of(model, prompt, run.tokens), repeated_grams(run.tokens),
+                    )
+                    for way, run in zip(WAYS, runs, strict=True)
+                ]  # fmt: skip
         rounds += 1
     return samples
 
@@ -183,8 +206,8 @@ def summary(samples: list[Sample], costs: dict[int, Costs]) -> list[dict[str, An
     temperature = samples[0].temperature
     contexts = [s.context for s in samples if s.way == "plain"]
 
-    def median(way: str) -> float:
-        return statistics.median(s.seconds / s.tokens for s in samples if s.way == way)
+    def token(way: str) -> float:
+        return sum(s.seconds for s in samples if s.way == way) / sum(s.tokens for s in samples if s.way == way)
 
     def predicted(acceptance: list[float]) -> float:
         return statistics.mean(costs[c].speedup(acceptance, temperature) for c in contexts)
@@ -193,9 +216,9 @@ def summary(samples: list[Sample], costs: dict[int, Costs]) -> list[dict[str, An
     found = []
     for way in map(str, WAYS):
         mine = [s for s in samples if s.way == way]
-        counts, speedup = pooled(mine), median("plain") / median(way)
+        counts, speedup = pooled(mine), token("plain") / token(way)
         row: dict[str, Any] = {
-            "way": way, "token_ms": round(1e3 * median(way), 4), "speedup": round(speedup, 4),
+            "way": way, "token_ms": round(1e3 * token(way), 4), "speedup": round(speedup, 4),
             "entropy_bits": round(statistics.mean(s.entropy for s in mine), 3),
             "repeated_8_grams": round(statistics.mean(s.repeated for s in mine), 4), "samples": len(mine),
         }  # fmt: skip
@@ -246,7 +269,7 @@ def run(
         for context in part.contexts:
             progress(f"costs at {context}")
             prompt = held_out(text, part.domains[0], context, 1)[0]
-            costs[context] = measure_costs(model, prompt, part.temperatures, part.new, part.budget_s / 40)
+            costs[context] = measure_costs(model, prompt, part.temperatures, part.new)
         results["costs"] |= {str(c): one.as_json() for c, one in costs.items()}
         samples = collect(model, text, part, progress)
         if part is plan:
@@ -274,7 +297,7 @@ def _elsewhere(group: dict[str, Any], pass_costs: Sequence[float], draft_cost: f
 
 def table(results: dict[str, Any]) -> Table:
     """Speed-up and acceptance for a terminal: all together, by domain, by context."""
-    shown = Table(title=f"Plain decoding over speculative, seconds a token ({results['model']}, medians)")
+    shown = Table(title=f"Plain decoding over speculative, seconds a token ({results['model']})")
     for name in ("", "temperature", "way", "ms a token", "speed-up", "predicted", "within 10 %", "tokens a pass",
                  "accepted by depth", "entropy", "8-grams again"):  # fmt: skip
         shown.add_column(name, justify="left" if name in ("", "way") else "right")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as counting
 from typing import Any
 
 import torch
-from measure import interleave, seconds_of
+from measure import seconds_of
 from torch import Tensor
 
 from dsv3lib import DeepSeekV3, LatentCache
 from dsv3lib.inference.acceptance import SpeculationStatistics
 from dsv3lib.inference.draft_count import FixedCount, tokens_of_a_round
 from dsv3lib.inference.drafters import Drafting, Drafts
+from dsv3lib.inference.generate import stream
 from dsv3lib.inference.request import Request
 from dsv3lib.inference.speculative import Speculation
 
@@ -57,18 +58,20 @@ class Costs:
     """Median seconds at one context.
 
     Args:
+        plain: of a token in plain decoding, by temperature.
         passes: over 1, 2, … tokens. drafts: of no drafts, of one, two, …, by temperature; the first is what it costs
             to keep what a later draft will need. rounds: likewise, whole rounds with so many drafts.
         head: of the output head over one token.
     """
 
+    plain: dict[float, float]
     passes: tuple[float, ...]
     drafts: dict[float, tuple[float, ...]]
     rounds: dict[float, tuple[float, ...]]
     head: float
 
     def speedup(self, acceptance: Sequence[float], temperature: float) -> float:
-        """Tokens a second with len(acceptance) drafts a round, over those of passes over one token.
+        """Tokens a second with len(acceptance) drafts a round, over those of plain decoding.
 
         Args:
             acceptance: conditional, depth by depth.
@@ -76,8 +79,7 @@ class Costs:
         m = len(acceptance)
         if m == 0:
             return 1.0
-        spent = self.passes[m] + self.drafts[temperature][m]
-        return tokens_of_a_round(acceptance) * self.passes[0] / spent
+        return tokens_of_a_round(acceptance) * self.plain[temperature] / self.rounds[temperature][m]
 
     def as_json(self) -> dict[str, Any]:
         """For the results file: milliseconds, the head's share of the drafts, and what of a round is neither."""
@@ -86,6 +88,7 @@ class Costs:
             shares[str(t)] = [round(m * self.head / drafts[m], 4) for m in range(1, len(drafts))]
             rest[str(t)] = [_ms(r - d - p) for r, d, p in zip(self.rounds[t], drafts, self.passes, strict=False)]
         return {
+            "plain_ms": {str(t): _ms(s) for t, s in self.plain.items()},
             "pass_ms": [_ms(s) for s in self.passes],
             "pass_over_one_token": [round(s / self.passes[0], 3) for s in self.passes],
             "drafts_ms": {str(t): [_ms(s) for s in drafts] for t, drafts in self.drafts.items()},
@@ -100,24 +103,40 @@ def _ms(seconds: float) -> float:
     return round(1e3 * seconds, 4)
 
 
-def measure_costs(
-    model: DeepSeekV3, prompt: Tensor, temperatures: Sequence[float], new: int, budget_s: float
-) -> Costs:
-    """Costs behind a prompt [1, context]: passes and the head in turn, then rounds of each number of drafts in turn."""
-    with torch.inference_mode():
-        passes, head = _passes_and_head(model, prompt, budget_s)
-    drafts, rounds = {}, {}
+def measure_costs(model: DeepSeekV3, prompt: Tensor, temperatures: Sequence[float], new: int) -> Costs:
+    """Costs behind a prompt [1, context]: plain tokens, rounds of each number of drafts, passes and the head in turn.
+
+    A machine that others share is quick in one second and slow in the next: so all of them are timed once before any
+    is timed again.
+    """
+    single = _passes_and_head(model, prompt)
+    of_single: dict[str, list[float]] = {name: [] for name in single}
+    plain, drafts, rounds = {}, {}, {}
     for temperature in temperatures:
+        tokens: list[float] = []
         found: list[list[tuple[float, float]]] = [[] for _ in range(MOST + 1)]
         for seed in range(2):
-            for m in range(MOST + 1):
-                found[m] += _rounds(model, prompt, m, temperature, new, seed)
+            runs = [_TimedRun(model, prompt, m, temperature, new, seed) for m in range(MOST + 1)]
+            draw = torch.Generator().manual_seed(seed)
+            alone = stream(model, prompt, new, temperature, stop_tokens=(), generator=draw)
+            next(alone)
+            for _ in range(new - 1):
+                tokens.append(seconds_of(lambda: next(alone)))  # noqa: B023  called at once
+                for run, seconds in zip(runs, found, strict=True):
+                    seconds += run.round()
+                with torch.inference_mode():
+                    for name, call in single.items():
+                        of_single[name].append(seconds_of(call))
+        plain[temperature] = statistics.median(tokens)
         drafts[temperature] = tuple(statistics.median(d for d, _ in one) for one in found)
         rounds[temperature] = tuple(statistics.median(r for _, r in one) for one in found)
-    return Costs(passes, drafts, rounds, head)
+    medians = {name: statistics.median(seconds) for name, seconds in of_single.items()}
+    head = medians.pop("head")
+    return Costs(plain, tuple(medians.values()), drafts, rounds, head)
 
 
-def _passes_and_head(model: DeepSeekV3, prompt: Tensor, budget_s: float) -> tuple[tuple[float, ...], float]:
+@torch.inference_mode()
+def _passes_and_head(model: DeepSeekV3, prompt: Tensor) -> dict[str, Callable[[], Any]]:
     context = prompt.shape[1]
     cache = LatentCache(model.config, capacity=context + WIDEST)
     hidden = model(prompt, cache=cache).hidden[:, -1]
@@ -129,28 +148,31 @@ def _passes_and_head(model: DeepSeekV3, prompt: Tensor, budget_s: float) -> tupl
         model(prompt[:, start : start + n_new], cache=cache)
         cache.crop(context)
 
-    sides = {str(n): (lambda n=n: read(n)) for n in range(1, WIDEST + 1)}
-    timed = interleave(sides | {"head": lambda: model.lm_head(hidden)}, budget_s, least=5)
-    return tuple(timed[name].median for name in sides), timed["head"].median
+    passes = {str(n): (lambda n=n: read(n)) for n in range(1, WIDEST + 1)}
+    return passes | {"head": lambda: model.lm_head(hidden)}
 
 
-def _rounds(
-    model: DeepSeekV3, prompt: Tensor, m: int, temperature: float, new: int, seed: int
-) -> list[tuple[float, float]]:
-    """Seconds of drafting and of the whole, round by round, but for the first, which reads the prompt, and the last."""
-    draw = torch.Generator().manual_seed(seed)
-    request = Request.of(model, prompt, new, temperature, stop_tokens=(), generator=draw)
-    count = FixedCount(m) if m else NoDrafts(MOST)
-    speculation = Speculation(model, request, count)
-    speculation.begin()
-    speculation.drafting = clock = DraftClock(speculation.drafting)
-    found = []
-    while not bool(speculation.ended.all()):
-        clock.seconds, left = 0.0, new - int(speculation.n[0]) + prompt.shape[1]
-        whole = seconds_of(speculation.step)
-        if left > m:
-            found.append((clock.seconds, whole))
-    return found[1:] or found
+class _TimedRun:
+    """Speculation with m drafts a round, each round timed but the first, which reads the prompt, and the last."""
+
+    def __init__(
+        self, model: DeepSeekV3, prompt: Tensor, m: int, temperature: float, new: int, seed: int
+    ) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        request = Request.of(model, prompt, new, temperature, stop_tokens=(), generator=draw)
+        self._run = Speculation(model, request, FixedCount(m) if m else NoDrafts(MOST))
+        self._run.begin()
+        self._run.drafting = self._clock = DraftClock(self._run.drafting)
+        self._end, self._m, self._rounds = prompt.shape[1] + new, m, 0
+
+    def round(self) -> list[tuple[float, float]]:
+        """Seconds of drafting and of the whole; empty where the round does not count, or the text has ended."""
+        if bool(self._run.ended.all()):
+            return []
+        self._clock.seconds, left = 0.0, self._end - int(self._run.n[0])
+        whole = seconds_of(self._run.step)
+        self._rounds += 1
+        return [(self._clock.seconds, whole)] if self._rounds > 1 and left > self._m else []
 
 
 def conditional(counts: SpeculationStatistics) -> list[float]:

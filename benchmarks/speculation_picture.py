@@ -37,7 +37,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             ax.set(title="greedy" if temperature == 0 else f"temperature {temperature:g}", xlabel="drafts a round")
             ax.spines[["top", "right"]].set_visible(False)
         axes[0][0].set_ylabel("times plain decoding's tokens a second")
-        axes[0][0].legend(frameon=False, title="measured; dotted: predicted")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
+                      title="measured;\ndotted: predicted")  # fmt: skip
         figure.suptitle(
             f"{results['model']}, MTP chain, batch 1: {machine['cpu']}, {machine['threads']} threads, "
             f"{machine['date'][:10]}"
