@@ -237,7 +237,9 @@ export function mount(root, bytes) {
   const stepWords = element("output", stepLabel);
   const layer = element("select", element("label", controls, {}, "layer"), { class: "layer", "aria-label": "layer" });
   const domain = element("select", element("label", controls, {}, "text"), { class: "domain", "aria-label": "text domain" });
-  const top = element("div", shadow), middle = element("div", shadow, { class: "row" }), low = element("div", shadow, { class: "row" });
+  const rankLabel = element("label", controls, {}, "rank");
+  const rank = element("select", rankLabel, { class: "rank", "aria-label": "rank of the run" });
+  const top = element("div", shadow), middle = element("div", shadow, { class: "row" }), low = element("div", shadow, { class: "row" }), last = element("div", shadow);
   const words = element("div", shadow, { class: "words", role: "status", "aria-live": "polite" });
   let areas = {};
 
@@ -245,7 +247,7 @@ export function mount(root, bytes) {
     shadow.style.setProperty("--ink", data.palette.ink);
     shadow.style.setProperty("--paper", data.palette.paper);
     title.textContent = data.title || "Load of every expert";
-    top.replaceChildren(); middle.replaceChildren(); low.replaceChildren();
+    top.replaceChildren(); middle.replaceChildren(); low.replaceChildren(); last.replaceChildren();
     const rows = data.layers.length;
     areas.load = canvas(top, 970, Math.min(420, 56 + Math.max(rows * 7, Math.min(rows * 26, 220))), "Heat map of load, layers by experts");
     const moved = data.bias.length > 0;  // a bias that stands still needs no chart
@@ -255,13 +257,33 @@ export function mount(root, bytes) {
     low.style.gridTemplateColumns = data.domains.length && data.groups > 1 ? "2fr 1fr" : "1fr";
     areas.domains = data.domains.length ? canvas(low, 640, 56 + 24 * data.domains.length, "Heat map of load, text domains by experts") : null;
     areas.nodes = data.groups > 1 ? canvas(low, 312, 56 + 24 * Math.max(6, data.domains.length), "Load of each node") : null;
-    const keep = [layer.value || "0", domain.value || "-1"];
-    layer.replaceChildren(); domain.replaceChildren();
+    areas.ranks = data.ranks ? canvas(last, 970, 56 + Math.max(7 * (data.ranks + 1), Math.min(24 * (data.ranks + 1), 220)), "Heat map of load, ranks by experts") : null;
+    rankLabel.style.display = data.ranks ? "" : "none";
+    const keep = [layer.value || "0", domain.value || "-1", rank.value || "-1"];
+    layer.replaceChildren(); domain.replaceChildren(); rank.replaceChildren();
     data.layers.forEach((name, i) => element("option", layer, { value: i }, name));
     element("option", domain, { value: -1 }, "all text");
     data.domains.forEach((name, i) => element("option", domain, { value: i }, name));
+    rankNames().forEach((name, i) => element("option", rank, { value: i - 1 }, name));
+    rank.value = keep[2] < data.ranks ? keep[2] : "-1";
     layer.value = keep[0] < data.layers.length ? keep[0] : "0";
     domain.value = keep[1] < data.domains.length ? keep[1] : "-1";
+  }
+
+  function rankNames() { return ["all ranks", ...Array.from({ length: data.ranks }, (_, i) => `rank ${i}`)]; }
+
+  // The latest steps' loads of one layer, up to a frame: a row for each of so many parts (domains, ranks, or 1).
+  function recent(counts, parts, f, l) {
+    const columns = data.experts, size = data.layers.length * columns, out = new Float32Array(parts * columns);
+    for (let i = 0; i < parts; i++) {
+      const sum = new Float64Array(columns);
+      for (let g = f; g >= 0 && data.last[f] - data.first[g] < data.recent_steps; g--) {
+        const from = (g * parts + i) * size + l * columns;
+        for (let e = 0; e < columns; e++) sum[e] += counts[from + e];
+      }
+      out.set(ratios(sum, 0, 1, columns), i * columns);
+    }
+    return out;
   }
 
   function draw() {
@@ -269,12 +291,12 @@ export function mount(root, bytes) {
     slider.max = Math.max(0, frames - 1);
     if (follows) slider.value = frames - 1;
     if (!frames) { words.textContent = "No step has been recorded yet."; stepWords.textContent = "none"; return; }
-    const f = Number(slider.value), l = Number(layer.value), d = Number(domain.value), n = data.domains.length;
+    const f = Number(slider.value), l = Number(layer.value), d = Number(domain.value), r = Number(rank.value), n = data.domains.length;
     const span = data.first[f] === data.last[f] ? `${data.last[f]}` : `${data.first[f]}–${data.last[f]}`;
     stepWords.textContent = `${span} of ${data.steps[data.steps.length - 1]}`;
-    const counts = d < 0 ? data.load : data.domain, at = d < 0 ? f * size : (f * n + d) * size;
+    const [counts, at, text] = r >= 0 ? [data.rank, (f * data.ranks + r) * size, `rank ${r}`]
+      : d >= 0 ? [data.domain, (f * n + d) * size, data.domains[d]] : [data.load, f * size, "all text"];
     const now = ratios(counts, at, rows, columns);
-    const text = d < 0 ? "all text" : data.domains[d];
     heat(areas.load, data, now, data.layers, `Load relative to the mean · step ${span} · ${text}`, l, "expert (lines part the groups, one node each)");
     const mean = [], mine = [];
     for (let s = 0; s < data.steps.length; s++) {
@@ -283,7 +305,7 @@ export function mount(root, bytes) {
       mean.push(sum / rows); mine.push(data.violation[s * rows + l]);
     }
     const colour = data.palette;
-    curves(areas.vio, data, "MaxVio: load of the fullest expert / mean − 1", data.steps,
+    curves(areas.vio, data, "MaxVio: load of the fullest expert / mean − 1" + (data.ranks ? " · all ranks" : ""), data.steps,
       [{ ys: mean, colour: colour.neutral, dash: [2, 3], wide: 2, name: "mean of layers" }, { ys: mine, colour: colour.content, wide: 2, name: data.layers[l] }], data.last[f], true);
     if (areas.bias) {
       const named = columns <= 16, wanted = shown(l), biases = wanted.map((e, i) => ({
@@ -294,16 +316,13 @@ export function mount(root, bytes) {
       curves(areas.bias, data, `Bias of ${biases.length} experts, added to the affinity · ${data.layers[l]}`, data.bias_steps, biases, data.last[f], false);
     }
     if (areas.domains) {
-      const by = new Float32Array(n * columns);
-      for (let i = 0; i < n; i++) {
-        const recent = new Float64Array(columns);
-        for (let g = f; g >= 0 && data.last[f] - data.first[g] < data.domain_steps; g--) {
-          const from = (g * n + i) * size + l * columns;
-          for (let e = 0; e < columns; e++) recent[e] += data.domain[from + e];
-        }
-        by.set(ratios(recent, 0, 1, columns), i * columns);
-      }
-      heat(areas.domains, data, by, data.domains, `Who works for which text, last ${data.domain_steps} steps · ${data.layers[l]}`, d, "expert");
+      heat(areas.domains, data, recent(data.domain, n, f, l), data.domains, `Who works for which text, last ${data.recent_steps} steps · ${data.layers[l]}`, d, "expert");
+    }
+    if (areas.ranks) {
+      const by = new Float32Array((data.ranks + 1) * columns);
+      by.set(recent(data.load, 1, f, l));
+      by.set(recent(data.rank, data.ranks, f, l), columns);
+      heat(areas.ranks, data, by, rankNames(), `What each rank computed, last ${data.recent_steps} steps · ${data.layers[l]}`, r + 1, "expert");
     }
     let words_nodes = "";
     if (areas.nodes) {
@@ -330,14 +349,16 @@ export function mount(root, bytes) {
 
   slider.addEventListener("input", () => { follows = slider.value === slider.max; draw(); });
   layer.addEventListener("change", draw);
-  domain.addEventListener("change", draw);
+  // What a domain's text was to one rank is not known: choosing one shows all of the other.
+  domain.addEventListener("change", () => { rank.value = "-1"; draw(); });
+  rank.addEventListener("change", () => { domain.value = "-1"; draw(); });
   top.addEventListener("click", (event) => {
     const box = areas.load.made.getBoundingClientRect(), scale = areas.load.height / box.height;
     const row = Math.floor((((event.clientY - box.top) * scale - 22) / (areas.load.height - 56)) * data.layers.length);
     if (row >= 0 && row < data.layers.length) { layer.value = row; draw(); }
   });
   build(); draw();
-  const shape = () => JSON.stringify([data.layers, data.experts, data.groups, data.domains, data.title, data.bias.length > 0]);
+  const shape = () => JSON.stringify([data.layers, data.experts, data.groups, data.domains, data.ranks, data.title, data.bias.length > 0]);
   return {
     update(next) { const before = shape(); data = unpack(next); if (shape() !== before) build(); draw(); },
     say(text) { state.textContent = text; },

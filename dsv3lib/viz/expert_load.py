@@ -10,7 +10,8 @@
     view.save_page("load.html")                                # one file, works in any browser, offline
 
 Rows are mixture layers, columns experts; blue is idle, white the mean, red overloaded. Below: MaxVio and the
-bias over time, who works for which text, and what each node (a group of experts) has to do.
+bias over time, who works for which text, what each node (a group of experts) has to do, and of a run over several
+ranks what each of them computed beside the whole.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..errors import InputError
 from ..files import write_whole
 from ..terminal import displayable
 from . import style
-from .load_history import CLIP, DOMAIN_STEPS, LoadHistory, relative
+from .load_history import CLIP, RECENT_STEPS, LoadHistory, relative
 from .shades import fan
 
 if TYPE_CHECKING:
@@ -169,16 +170,17 @@ class ExpertLoad:
         return path
 
     def figure(
-        self, step: int | None = None, layer: int = 0, domain: str | None = None
+        self, step: int | None = None, layer: int = 0, domain: str | None = None, rank: int | None = None
     ) -> tuple[Figure, str]:
         """The view as a still picture, and its alt text.
 
         Args:
             step: a step's number, by default the last. layer: row of the lower panels.
             domain: text whose load the heat map shows, by default all.
+            rank: whose load the heat map shows, by default all; of a domain it is not known by rank.
 
         Raises:
-            InputError: there is no such step, layer or domain.
+            InputError: there is no such step, layer, domain or rank.
         """
         history = self.history
         at = self._place(step)
@@ -186,10 +188,16 @@ class ExpertLoad:
             raise InputError(f"layer: {layer}, expected a row from 0 to {len(history.layers) - 1}")
         if domain is not None and domain not in history.domains:
             raise InputError(f"domain: {domain!r}, expected one of {', '.join(history.domains) or 'none'}")
+        if rank is not None and (domain is not None or not 0 <= rank < history.ranks):
+            raise InputError(f"rank: {rank}, expected one of {history.ranks} ranks, numbered from 0, and no domain")
         load = history.load[at] if domain is None else history.by_domain[at, history.domains.index(domain)]
+        whose = domain or "all text"
+        if rank is not None:
+            load, whose = history.by_rank[at, rank], f"rank {rank}"
+        rows = 3 if history.ranks else 2
         fig, axes = style.figure(
-            f"{self.title} · step {history.steps[at]} · {domain or 'all text'}", None, None,
-            rows=2, columns=2, size=_SIZE,
+            f"{self.title} · step {history.steps[at]} · {whose}", None, None,
+            rows=rows, columns=2, size=(_SIZE[0], _SIZE[1] * rows / 2),
         )  # fmt: skip
         heat_map(axes[0, 0], relative(load), history.layers, history.groups)
         axes[0, 0].set_title("load relative to the mean", fontsize=11, fontweight="normal")
@@ -197,11 +205,16 @@ class ExpertLoad:
         moved = any(history.speeds)  # a bias that stands still needs no chart
         (self._biases if moved else self._nodes)(axes[1, 0], layer, at)
         self._domains(axes[1, 1], layer, at)
+        if history.ranks:
+            axes[2, 1].remove()
+            axes[2, 0].set_subplotspec(axes[2, 0].get_gridspec()[2, :])
+            self._ranks(axes[2, 0], layer, at)
         alt = (
-            f"Four panels. A heat map of {len(history.layers)} layers by {history.experts} experts, blue where "
-            "an expert is idle and red where it is overloaded; MaxVio over the steps; "
-            f"{'the bias of each expert over the steps' if moved else 'the visits to each node'}; and "
-            f"{'the load by text domain' if history.domains else 'the visits to each node'}."
+            f"{'Five' if history.ranks else 'Four'} panels. A heat map of {len(history.layers)} layers by "
+            f"{history.experts} experts, blue where an expert is idle and red where it is overloaded; MaxVio over "
+            f"the steps; {'the bias of each expert over the steps' if moved else 'the visits to each node'}; and "
+            f"{'the load by text domain' if history.domains else 'the visits to each node'}"
+            + (f"; and the load of all {history.ranks} ranks beside each rank's." if history.ranks else ".")
         )
         return fig, alt
 
@@ -249,15 +262,23 @@ class ExpertLoad:
     def _domains(self, ax: Any, layer: int, at: int) -> None:
         history = self.history
         if history.domains:
-            recent = history.by_domain[max(0, at + 1 - DOMAIN_STEPS) : at + 1, :, layer].sum(0)
+            recent = _recent(history.by_domain, at)[:, layer]
             heat_map(ax, relative(recent), history.domains, history.groups)
             ax.set_title(
-                f"by text, {history.layers[layer]}, last {DOMAIN_STEPS} steps",
+                f"by text, {history.layers[layer]}, last {RECENT_STEPS} steps",
                 fontsize=11,
                 fontweight="normal",
             )
             return
         self._nodes(ax, layer, at)
+
+    def _ranks(self, ax: Any, layer: int, at: int) -> None:
+        """All ranks' load of one layer, and below it what each rank computed of it."""
+        history = self.history
+        rows = [_recent(history.load, at)[layer], *_recent(history.by_rank, at)[:, layer]]
+        heat_map(ax, relative(np.stack(rows)), rank_names(history.ranks), history.groups)
+        words = f"by rank, {history.layers[layer]}, last {RECENT_STEPS} steps"
+        ax.set_title(words, fontsize=11, fontweight="normal")
 
     def _nodes(self, ax: Any, layer: int, at: int) -> None:
         history = self.history
@@ -285,6 +306,16 @@ class ExpertLoad:
 
     def _repr_mimebundle_(self, **_options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return self.bundle(), {}
+
+
+def rank_names(ranks: int) -> list[str]:
+    """What the rows of a comparison of ranks are called."""
+    return ["all ranks", *(f"rank {rank}" for rank in range(ranks))]
+
+
+def _recent(loads: np.ndarray, at: int) -> np.ndarray:
+    """The sum of the latest steps, up to one."""
+    return loads[max(0, at + 1 - RECENT_STEPS) : at + 1].sum(0)
 
 
 def heat_map(ax: Any, ratios: np.ndarray, names: Sequence[str], groups: int = 1) -> None:

@@ -29,23 +29,28 @@ MAX_BYTES = 24_000_000
 """Of loads in one packet; 500 steps of V3's 58 layers x 256 experts are 15 MB."""
 _BIAS_FRAMES = 64
 _COLOURS = 256
-DOMAIN_STEPS = 10
-"""The comparison of domains sums so many steps: one batch holds few rows of each, of some none."""
+RECENT_STEPS = 10
+"""The comparison of domains and of ranks sums so many steps: one batch holds few rows of each, of some none."""
 CLIP = 2.0
 """The heat map's ends: 2**-CLIP and 2**CLIP times the mean."""
 
 
 class LoadHistory:
-    """Loads by step, layer and expert, and by text domain where that is known.
+    """Loads by step, layer and expert; by text domain, and by the ranks of a run of several, where that is known.
 
     Args:
         layers: names of the mixture layers. experts: in each. groups: the experts' groups (nodes).
         domains: names of the text domains, if loads are known by domain.
-        first_step: the number before the first step's.
+        numbers: of the layers in the model, by which a log tells a rank's loads; by default 0, 1 and so on.
     """
 
     def __init__(
-        self, layers: Sequence[str], experts: int, groups: int = 1, domains: Sequence[str] = ()
+        self,
+        layers: Sequence[str],
+        experts: int,
+        groups: int = 1,
+        domains: Sequence[str] = (),
+        numbers: Sequence[int] = (),
     ) -> None:
         if not layers or experts < 1 or groups < 1 or experts % groups:
             raise InputError(
@@ -54,6 +59,7 @@ class LoadHistory:
             )
         self.layers, self.experts, self.groups = list(layers), experts, groups
         self.domains = list(domains)
+        self._rows = {str(number): row for row, number in enumerate(numbers or range(len(layers)))}
         self.clear()
 
     @classmethod
@@ -63,7 +69,7 @@ class LoadHistory:
             f"layer {i}" if i < config.num_hidden_layers else f"MTP {i - config.num_hidden_layers + 1}"
             for i in config.moe_layers
         ]
-        return cls(names, config.n_routed_experts, config.n_group, domains)
+        return cls(names, config.n_routed_experts, config.n_group, domains, list(config.moe_layers))
 
     @classmethod
     def of_header(cls, header: Mapping[str, Any]) -> LoadHistory:
@@ -99,6 +105,8 @@ class LoadHistory:
         self.losses: list[float | None] = []
         self._load: list[np.ndarray] = []
         self._by_domain: list[np.ndarray] = []
+        self.ranks = 0
+        self._by_rank: list[np.ndarray] = []  # of a step its own number of ranks: a run may go on with others
         self._violation: list[np.ndarray] = []
         self._bias = np.zeros((len(self.layers), self.experts), np.float32)
         self._biases: list[np.ndarray] = []
@@ -129,7 +137,8 @@ class LoadHistory:
             self._fitting(f"domain_load.{d}", known[d], (), step) if d in known else nothing
             for d in self.domains
         ]
-        self._append(step, load, by_domain, float(record.get("bias_speed", 0.0)), record.get("losses"))
+        by_rank = [self._of_rank(rank, of_rank, step) for rank, of_rank in enumerate(record.get("rank_load") or ())]
+        self._append(step, load, by_domain, float(record.get("bias_speed", 0.0)), record.get("losses"), by_rank)
 
     def add_load(self, load: np.ndarray, domain: str | None = None) -> None:
         """Take in one forward pass's load [layers, experts], all of one domain's text where that is said."""
@@ -143,17 +152,38 @@ class LoadHistory:
         self._append(step, load, by_domain, 0.0, None)
 
     def _append(
-        self, step: int, load: np.ndarray, by_domain: list[np.ndarray], speed: float, losses: Any
+        self,
+        step: int,
+        load: np.ndarray,
+        by_domain: list[np.ndarray],
+        speed: float,
+        losses: Any,
+        by_rank: Sequence[np.ndarray] = (),
     ) -> None:
         self.steps.append(step)
         self._load.append(load)
         self._violation.append(relative(load).max(-1) - 1.0)
         self._by_domain.append(np.stack(by_domain) if by_domain else np.zeros((0, *load.shape), np.int64))
+        self._by_rank.append(np.stack(by_rank) if by_rank else np.zeros((0, *load.shape), np.int64))
+        self.ranks = max(self.ranks, len(by_rank))
         self.speeds.append(speed)
         self.losses.append(None if not losses else losses.get("main"))
         total = load.sum(-1, keepdims=True)
         self._bias = self._bias + np.float32(speed) * np.sign(total - load * self.experts).astype(np.float32)
         self._biases.append(self._bias)
+
+    def _of_rank(self, rank: int, by_layer: Mapping[str, Any], step: int) -> np.ndarray:
+        """What a rank computed, in this history's rows; a layer that it does not hold has zeros."""
+        unknown = by_layer.keys() - self._rows.keys()
+        if unknown:
+            raise TrainingError(
+                f"step {step}: rank_load of rank {rank} has layer {min(unknown)}, expected one of "
+                f"{', '.join(self._rows)}; the log is of another model"
+            )
+        rows: list[Any] = [[0] * self.experts for _ in self.layers]
+        for number, load in by_layer.items():
+            rows[self._rows[number]] = load
+        return self._fitting(f"rank_load of rank {rank}", rows, (), step)
 
     def _fitting(self, name: str, value: Any, lead: tuple[int, ...], step: int) -> np.ndarray:
         expected = (*lead, len(self.layers), self.experts)
@@ -184,6 +214,14 @@ class LoadHistory:
         return np.stack(self._by_domain) if self._by_domain else np.zeros(shape, np.int64)
 
     @property
+    def by_rank(self) -> np.ndarray:
+        """Int64 [steps, ranks, layers, experts], zeros for ranks that a step did not have."""
+        found = np.zeros((len(self), self.ranks, len(self.layers), self.experts), np.int64)
+        for at, of_step in enumerate(self._by_rank):
+            found[at, : len(of_step)] = of_step
+        return found
+
+    @property
     def bias(self) -> np.ndarray:
         """FP32 [steps, layers, experts], the routers' bias after each step, replayed from γ and the loads."""
         shape = (0, len(self.layers), self.experts)
@@ -199,19 +237,21 @@ class LoadHistory:
 
         Little-endian; the first four bytes are the header's length, every array starts at a multiple of 4.
         """
-        load, by_domain = self.load, self.by_domain
-        size = load[:1].size * (1 + len(self.domains)) * _narrowest(load).itemsize or 1
+        load, by_domain, by_rank = self.load, self.by_domain, self.by_rank
+        size = load[:1].size * (1 + len(self.domains) + self.ranks) * _narrowest(load).itemsize or 1
         frames = max(1, min(MAX_FRAMES, len(self), MAX_BYTES // size))
         starts = np.linspace(0, len(self), frames + 1).astype(int)[:-1] if len(self) else np.zeros(0, int)
         thin = frames < len(self)
         framed = np.add.reduceat(load, starts) if thin else load
         framed_domains = np.add.reduceat(by_domain, starts) if thin else by_domain
+        framed_ranks = np.add.reduceat(by_rank, starts) if thin else by_rank
         kind = _narrowest(framed)
         ends = [*starts[1:].tolist(), len(self)] if len(self) else []
         keep = np.unique(np.linspace(0, max(len(self) - 1, 0), _BIAS_FRAMES).astype(int))[: len(self)]
         arrays = {
             "load": framed.astype(kind),
             "domain": framed_domains.astype(kind),
+            "rank": framed_ranks.astype(kind),
             "violation": self.violation.astype("<f4"),
             "bias": np.stack([self._biases[i] for i in keep]) if any(self.speeds) else np.zeros(0, "<f4"),
             "colours": _colours(),
@@ -222,13 +262,14 @@ class LoadHistory:
             "experts": self.experts,
             "groups": self.groups,
             "domains": self.domains,
+            "ranks": self.ranks,
             "steps": self.steps,
             "first": [self.steps[i] for i in starts],
             "last": [self.steps[i - 1] for i in ends],
             "bias_steps": [self.steps[i] for i in keep],
             "speed": self.speeds[-1] if self.speeds else 0.0,
             "clip": CLIP,
-            "domain_steps": DOMAIN_STEPS,
+            "recent_steps": RECENT_STEPS,
             "palette": dict(style.PALETTE) | {"paper": style.PAPER, "ink": style.INK},
             "arrays": [],
         }

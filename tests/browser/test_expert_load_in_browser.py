@@ -93,6 +93,33 @@ def test_a_page_without_a_kernel(chromium: Browser, tmp_path: Path) -> None:
     context.close()
 
 
+def test_a_page_of_a_run_over_ranks(chromium: Browser, tmp_path: Path) -> None:
+    history = LoadHistory.of_model(SIZE)
+    for step in range(1, 4):  # layers 1, 2 and the MTP module's, 3; both ranks compute layer 1, and rank 1 the MTP's
+        own = [{"1": [2] * 8, "2": [4] * 8}, {"1": [2] * 8, "3": [4] * 8}]
+        own[0]["1"][step], own[1]["1"][step + 3], own[1]["3"][step + 4] = 9, 16, 11
+        total = [[sum(of.get(layer, [0] * 8)[e] for of in own) for e in range(8)] for layer in ("1", "2", "3")]
+        history.add({"step": step, "expert_load": total, "rank_load": own})
+    context = chromium.new_context(viewport=VIEWPORT, offline=True)
+    page = context.new_page()
+    page.goto(ExpertLoad(history).save_page(tmp_path / "ranks.html").as_uri())
+    wait_words(page, "Step 3, layer 1, all text: expert 6 is the fullest")
+    before = [drawn(page, nth) for nth in (0, 3)]
+    rank = page.get_by_label("rank of the run")
+    rank.focus()
+    page.keyboard.press("ArrowDown")
+    wait_words(page, "Step 3, layer 1, rank 0: expert 3 is the fullest, 3.13 times the mean")
+    assert all(drawn(page, nth) != was for nth, was in zip((0, 3), before, strict=True))
+    page.locator(".dsv3-load select.layer").select_option(label="MTP 1")
+    wait_words(page, "Step 3, MTP 1, rank 0: no token.")
+    rank.select_option(label="rank 1")
+    wait_words(page, "Step 3, MTP 1, rank 1: expert 7 is the fullest")
+    rank.select_option(label="all ranks")
+    wait_words(page, "Step 3, MTP 1, all text: expert 7 is the fullest")
+    assert "ranks by experts" in page.locator(".dsv3-load canvas").last.get_attribute("aria-label")
+    context.close()
+
+
 NOTEBOOK = """
 import json, time
 from dsv3lib.config import ModelConfig

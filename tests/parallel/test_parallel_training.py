@@ -163,6 +163,11 @@ def test_log_and_view_read_as_those_of_one_process(four):
             for layer, load in of_rank.items():
                 total[work.MODEL.moe_layers.index(int(layer))] += torch.tensor(load)
         assert total.tolist() == record["expert_load"]  # each rank's beside the whole
+    assert history.ranks == 4 and (history.by_rank.sum(1) == history.load).all()
+    number_of = dict(zip(history.layers, "1234", strict=True))
+    for record, by_rank in zip(log.steps, history.by_rank, strict=True):
+        for of_rank, rows in zip(record["rank_load"], by_rank.tolist(), strict=True):
+            assert {number_of[name]: row for name, row in zip(history.layers, rows, strict=True) if any(row)} == of_rank
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events if event["ph"] == "X"} == {0, 1, 2, 3}
 

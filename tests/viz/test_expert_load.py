@@ -47,7 +47,7 @@ def unpack(packet):
     return header, arrays
 
 
-def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9, seed=0, speed=0.01):
+def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9, seed=0, speed=0.01, ranks=0):
     draw, history = (
         np.random.default_rng(seed),
         LoadHistory([f"layer {i}" for i in range(layers)], experts, groups, domains),
@@ -55,7 +55,14 @@ def made_up(steps, layers=2, experts=4, groups=2, domains=("a", "b"), largest=9,
     for step in range(1, steps + 1):
         parts = {d: draw.integers(0, largest + 1, (layers, experts)) for d in domains}
         total = sum(parts.values()) if parts else draw.integers(0, largest + 1, (layers, experts))
-        history.add({"step": step, "expert_load": total, "domain_load": parts, "bias_speed": speed})
+        record = {"step": step, "expert_load": total, "domain_load": parts, "bias_speed": speed}
+        if ranks:
+            shares = draw.integers(0, ranks, total.shape)  # who has computed all of it
+            record["rank_load"] = [
+                {str(layer): (total * (shares == rank))[layer].tolist() for layer in range(layers)}
+                for rank in range(ranks)
+            ]
+        history.add(record)
     return history
 
 
@@ -86,7 +93,7 @@ def test_the_bias_is_replayed_to_the_bit_from_speed_and_loads(run):
 
 @given(st.integers(1, 40), st.integers(1, 7), st.sampled_from([3, 300, 70_000]))
 def test_thinning_sums_steps_and_loses_no_token(steps, most, largest):
-    history = made_up(steps, largest=largest)
+    history = made_up(steps, largest=largest, ranks=3)
     before = load_history.MAX_FRAMES
     load_history.MAX_FRAMES = most
     try:
@@ -98,6 +105,8 @@ def test_thinning_sums_steps_and_loses_no_token(steps, most, largest):
     load = arrays["load"].reshape(frames, 2, 4).astype(np.int64)
     domain = arrays["domain"].reshape(frames, 2, 2, 4).astype(np.int64)
     assert (load.sum(0) == history.load.sum(0)).all() and (domain.sum(1) == load).all()
+    rank = arrays["rank"].reshape(frames, 3, 2, 4).astype(np.int64)
+    assert (rank.sum(1) == load).all() and (rank.sum(0) == history.by_rank.sum(0)).all()
     assert header["first"][0] == 1 and header["last"][-1] == steps
     assert all(b == a + 1 for a, b in zip(header["last"], header["first"][1:], strict=False))
     assert len(arrays["violation"]) == 2 * steps, "curves keep every step"
@@ -154,6 +163,40 @@ def test_the_still_picture_has_all_panels_and_words(run):
     ):
         with pytest.raises(InputError, match=name):
             view.figure(**wrong)
+
+
+def test_ranks_are_kept_apart_by_the_layers_that_each_computed():
+    history, load = LoadHistory.of_model(SIZE), np.full((2, 8), 6)  # layer 1, and layer 2: the MTP module
+    first, second = [[4] * 7 + [2], [2] * 7 + [4]], [[5] + [6] * 7]
+    history.add({"step": 1, "expert_load": load, "rank_load": [{"1": first[0]}, {"1": first[1], "2": second[0]}]})
+    history.add({"step": 2, "expert_load": load})  # gone on with by one process
+    history.add({"step": 3, "expert_load": load, "rank_load": [{}, {"2": second[0]}, {"1": first[0]}]})
+    nothing = [0] * 8
+    assert history.ranks == 3 and history.layers == ["layer 1", "MTP 1"]
+    assert history.by_rank.tolist() == [
+        [[first[0], nothing], [first[1], second[0]], [nothing, nothing]],
+        [[nothing, nothing]] * 3,
+        [[nothing, nothing], [nothing, second[0]], [first[0], nothing]],
+    ]
+    header, arrays = unpack(history.packet())
+    assert header["ranks"] == 3 and arrays["rank"].tolist() == history.by_rank.flatten().tolist()
+    view = ExpertLoad(history)
+    figure, alt = view.figure(step=1, rank=1)
+    assert "rank 1" in figure.get_suptitle() and "Five panels" in alt and "all 3 ranks beside each rank's" in alt
+    shown, compared = (ax.images[0].get_array() for ax in (figure.axes[0], figure.axes[4]))
+    ratios = np.array(first[1]) / np.mean(first[1])
+    np.testing.assert_allclose(shown[0], np.log2(ratios))
+    np.testing.assert_allclose(compared[2], np.log2(ratios))  # below all ranks and rank 0
+    assert compared[3].mask.all() and not compared[0].mask.any()
+    names = [label.get_text() for label in figure.axes[4].get_yticklabels()]
+    assert names == ["all ranks", "rank 0", "rank 1", "rank 2"]
+    for wrong in ({"rank": 3}, {"rank": -1}, {"rank": 0, "domain": "docs"}):
+        with pytest.raises(InputError, match="rank: |domain: "):
+            view.figure(**wrong)
+    for loads, named in (({"3": nothing}, "has layer 3, expected one of 1, 2"), ({"1": [1]}, "rank_load of rank 1")):
+        with pytest.raises(TrainingError, match=named):
+            history.add({"step": 4, "expert_load": load, "rank_load": [{}, loads]})
+    assert len(history) == 3
 
 
 def test_the_page_holds_everything_itself(run, tmp_path):
