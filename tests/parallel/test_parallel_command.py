@@ -1,12 +1,16 @@
 """``dsv3 train --parallel`` from the command line: what it refuses at once, and a whole run."""
 
+import argparse
+
 import pytest
 import torch
 
 from dsv3lib import DeepSeekV3
 from dsv3lib.cli import main
+from dsv3lib.errors import ConfigError
 from dsv3lib.layers.operations import PLAIN_OPERATIONS
 from dsv3lib.model.loss import LossWeights
+from dsv3lib.training.run import command, parallel_command
 from dsv3lib.training.run import folder as run_folder
 from dsv3lib.training.run.log import read_log
 from dsv3lib.training.text.data import PackedStream
@@ -23,6 +27,7 @@ REFUSED = {
     "--parallel pp=2 --device cuda": "--device: 'cuda'",
     "--parallel pp=2 --balance none bias": "--balance",
     "--microbatches 8": "--microbatches: given without --parallel",
+    "--cut measured": "--cut: given without --parallel",
 }
 
 
@@ -58,17 +63,31 @@ def test_a_port_in_use_and_a_world_of_another_size_are_told(tmp_path, capsys, mo
     held.close()
 
 
+def resumed(out, *options):
+    """How a run would go on."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parallel_command.settle(parser.parse_args(["--resume", str(out), *options]))
+
+
 def test_a_run_from_the_command_line(tmp_path):
     texts = tmp_path / "text"
     texts.mkdir()
     for page in range(12):
         (texts / f"{page}.txt").write_text(f"Page {page} of twelve: {page} times {page} is {page * page}.\n" * 20)
     out = tmp_path / "run"
-    options = f"--preset nano --data {texts} --seq-len 16 --steps 3 --parallel pp=2 --microbatches 4 --out {out}"
+    options = f"--preset nano --data {texts} --seq-len 16 --steps 3 --parallel pp=2 --microbatches 4 --cut measured "
+    options += f"--out {out}"
     assert main(["train", *options.split()]) == 0
     log, recorded = read_log(out), run_folder.read_run(out)
     assert [record["step"] for record in log.steps] == [1, 2, 3] and log.end["reason"] == "finished"
     assert log.validations and recorded["parallel"]["layout"].startswith("pp=2")
+    costs = tuple(recorded["parallel"]["costs"])
+    assert len(costs) == 4 and min(costs) > 0
+    assert resumed(out).costs == resumed(out, "--parallel", "pp=1").costs == costs  # as they were: the same numbers
+    assert resumed(out, "--cut", "measured").costs == costs
+    with pytest.raises(ConfigError, match="--cut: operations for .*, a run whose cut is 'measured'"):
+        resumed(out, "--cut", "operations")
     model = DeepSeekV3(
         DeepSeekV3.from_pretrained(out / "model").config, generator=torch.Generator().manual_seed(0)
     )

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ import training_work as work
 from dsv3lib import DeepSeekV3
 from dsv3lib.errors import ConfigError, TrainingError
 from dsv3lib.pipeline.runtime.layout import Layout, is_expert
+from dsv3lib.pipeline.runtime.links import in_threads
+from dsv3lib.pipeline.runtime.measure import PieceSeconds
 from dsv3lib.pipeline.runtime.processes import launch
-from dsv3lib.training.run import save_point
+from dsv3lib.training.run import parallel, save_point
 from dsv3lib.training.run.log import read_log
-from dsv3lib.training.run.parallel import Parallel, in_words
+from dsv3lib.training.run.parallel import Parallel, ParallelTrainer, in_words
 from dsv3lib.viz.load_history import LoadHistory
 
 _HERE = os.path.dirname(work.__file__)
@@ -149,6 +152,7 @@ def test_log_and_view_read_as_those_of_one_process(four):
     log = read_log(out)
     assert log.header["parallel"] == {
         "layout": "pp=4,dp=1", "schedule": "dualpipe", "microbatches": work.MICROBATCHES, "recompute": False,
+        "cut": "operations", "costs": None,
     }  # fmt: skip
     assert log.end["reason"] == "finished"
     history = LoadHistory.of_run(out)
@@ -187,6 +191,40 @@ def test_bad_numbers_are_refused_before_anything_starts():
         Parallel(Layout.parse("pp=2,ep=3"), "1f1b", 9).refuse(work.MODEL, work.settings(), 16)
 
 
+def of_thread(links):
+    """A rank that is a thread of this process."""
+    member = work.Rank(links.rank, links.world)
+    member.links, member.gather_objects = lambda groups: links, links.gather_objects
+    return member
+
+
+def test_pieces_are_measured_by_one_rank_and_cut_alike_by_all(plain, monkeypatch):
+    measures = iter([[1.0, 1, 1, 9, 1], [9.0, 1, 1, 1, 1]])  # a second measure would differ, as it does
+
+    def measured(model, batch, repeats):
+        assert batch.input_ids.shape == (1, work.LENGTH) and batch.document_ids is not None
+        return [PieceSeconds("piece", cost, 0.0, 0.0) for cost in next(measures)]
+
+    monkeypatch.setattr(parallel, "piece_seconds", measured)
+    wanted = Parallel(Layout(2), "1f1b", work.MICROBATCHES, cut="measured")
+
+    def one(links):
+        made = ParallelTrainer(work.model(), work.stream(), work.settings(), wanted, of_thread(links))
+        return made, made.step()
+
+    (first, record), (second, _) = in_threads(2, one)
+    assert first.parallel == second.parallel == Parallel.from_dict(json.loads(json.dumps(first.parallel.to_dict())))
+    assert first.parallel.costs == (1.0, 1, 1, 9, 1) and next(measures)[0] == 9.0
+    assert [made.engine.parts[0].blocks for made in (first, second)] == [(0, 1, 2), (3,)]
+    assert abs(record["loss"] - plain[0][0]["loss"]) < 1e-12
+    with pytest.raises(ConfigError, match="costs: 2, expected 5: one a block"):
+        replace(wanted, costs=(1.0, 2.0)).refuse(work.MODEL, work.settings(), work.LENGTH)
+    with pytest.raises(ConfigError, match="cut: 'best', expected one of operations, measured"):
+        Parallel(Layout(2), "1f1b", work.MICROBATCHES, cut="best")
+    with pytest.raises(ConfigError, match="costs: .* expected none where operations are counted"):
+        Parallel(Layout(2), "1f1b", work.MICROBATCHES, costs=(1.0,) * 5)
+
+
 @pytest.mark.parametrize(
     ("what", "named"),
     [
@@ -195,15 +233,8 @@ def test_bad_numbers_are_refused_before_anything_starts():
     ],  # fmt: skip
 )
 def test_ranks_that_differ_are_refused(what, named):
-    from dsv3lib.pipeline.runtime.links import in_threads
-
-    def one(links):
-        member = work.Rank(links.rank, links.world)
-        member.links, member.gather_objects = lambda groups: links, links.gather_objects
-        work.differing(member, what)
-
     with pytest.raises((ConfigError, TrainingError), match=named):
-        in_threads(2, one)
+        in_threads(2, lambda links: work.differing(of_thread(links), what))
 
 
 def test_what_a_rank_does_is_said_in_words():

@@ -197,7 +197,7 @@ def parts_of_ranks(
         config: sizes.
         schedule: its routes say where the stages lie.
         sequence: tokens of a sequence, for the cost of attention.
-        costs: of each piece, in any unit, such as ``measure.layer_seconds`` finds; by default ``piece_flops``.
+        costs: of each piece, in any unit, such as ``measure.piece_seconds`` finds; by default ``piece_flops``.
 
     Raises:
         ConfigError: the model has too few layers for the schedule's places, or there is no cost for each piece.

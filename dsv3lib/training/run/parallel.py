@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ...pipeline.runtime.chunk import MicroBatch
 from ...pipeline.runtime.engine import Engine, Span, groups_of
 from ...pipeline.runtime.forward_only import forward_only
 from ...pipeline.runtime.layout import Layout, parts_of_ranks
+from ...pipeline.runtime.measure import piece_seconds
 from ...pipeline.runtime.trace import write_chrome_trace
 from ...pipeline.runtime.worker import Rank
 from ..loop.balance import update_bias
@@ -46,6 +47,10 @@ from .state import STATE_FOLDER, load_counters, save_counters
 
 MOMENTS = "moments"
 TRACE_FILE = "trace.json"
+CUTS = ("operations", "measured")
+"""Ways to cut a model into stages; by default the one with the same numbers on every machine."""
+_MEASUREMENTS = 3
+"""Runs of each piece: the other ranks wait meanwhile."""
 _TRACED_STEPS = 4
 _WORDS = {
     "F": "forward", "B": "backward", "I": "backward for inputs", "W": "backward for weights", "FB": "overlapped pair",
@@ -60,12 +65,23 @@ class Parallel:
         layout: dp x pp x ep. schedule: of the pipeline.
         microbatches: of a whole step, all directions and replicas together.
         recompute: make norms and up-projections again in backward.
+        cut: into stages of equally many "operations", or of equal processor time, "measured".
+        costs: of each piece of the model, in seconds, where they have been measured; so the run goes on with its own.
+
+    Raises:
+        ConfigError: there is no such cut, or operations with costs.
     """
 
     layout: Layout
     schedule: str
     microbatches: int
     recompute: bool = False
+    cut: str = CUTS[0]
+    costs: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.cut in CUTS, "cut", self.cut, f"one of {', '.join(CUTS)}")
+        require(self.costs is None or self.cut == "measured", "costs", self.costs, "none where operations are counted")
 
     @property
     def pipeline(self) -> PipelineSchedule:
@@ -90,7 +106,7 @@ class Parallel:
             ConfigError: names the number that does not fit.
         """
         self.layout.cluster(model)
-        parts_of_ranks(model, self.pipeline, sequence)
+        parts_of_ranks(model, self.pipeline, sequence, self.costs)
         growing = Schedule(training, 1)
         for step in range(1, training.batch_warmup_steps + 2):
             size = growing.batch_size(step)
@@ -103,13 +119,15 @@ class Parallel:
         """As JSON knows it."""
         return {
             "layout": str(self.layout), "schedule": self.schedule, "microbatches": self.microbatches,
-            "recompute": self.recompute,
+            "recompute": self.recompute, "cut": self.cut, "costs": None if self.costs is None else list(self.costs),
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, fields: Record) -> Parallel:
         """From a run's description."""
-        return cls(**{**fields, "layout": Layout.parse(fields["layout"])})
+        costs = fields.get("costs")
+        costs = None if costs is None else tuple(costs)
+        return cls(**{**fields, "layout": Layout.parse(fields["layout"]), "costs": costs})
 
 
 class ParallelTrainer(Trainer):
@@ -155,9 +173,22 @@ class ParallelTrainer(Trainer):
         self._initial_weights = run_folder.weights_fingerprint(self.model)
         member, plan = self._member, self.parallel.pipeline
         self._refuse_other_ranks()
-        links = member.links(groups_of(self.model, plan, self.parallel.layout, self.stream.seq_len))
-        self.engine = Engine(self.model, plan, self.parallel.layout, links, self.stream.seq_len, self._tell)
-        self.links = links
+        if self.parallel.cut == "measured" and self.parallel.costs is None:
+            self.parallel = replace(self.parallel, costs=self._measured())
+        layout, sequence, costs = self.parallel.layout, self.stream.seq_len, self.parallel.costs
+        self.links = member.links(groups_of(self.model, plan, layout, sequence, costs))
+        self.engine = Engine(self.model, plan, layout, self.links, sequence, self._tell, costs)
+
+    def _measured(self) -> tuple[float, ...]:
+        """What each piece of the model costs rank 0, told to all: ranks that each measured would cut differently."""
+        self._tell("measuring")
+        mine = ()
+        if self._member.rank == 0:
+            shape = (max(1, self.config.batch_size // self.parallel.microbatches), self.stream.seq_len)
+            ids = torch.randint(self.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+            found = piece_seconds(self.model, MicroBatch(ids, ids, torch.zeros_like(ids)), _MEASUREMENTS)
+            mine = tuple(piece.total for piece in found)
+        return self._member.gather_objects(mine)[0]
 
     def _refuse_other_ranks(self) -> None:
         """Settings are compared before ranks form groups by them."""

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ...pipeline.runtime.layout import Layout
 from ...pipeline.schedules import SCHEDULES
 from ...terminal import plain_console
 from . import folder as run_folder
-from .parallel import Parallel, ParallelTrainer
+from .parallel import CUTS, Parallel, ParallelTrainer
 from .progress import Lines, conclude, introduce
 
 EXIT_INTERRUPTED = 130
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute", action="store_true", default=None, help="norms and up-projections again in backward"
     )
+    group.add_argument(
+        "--cut", choices=CUTS,
+        help="into stages of equally many operations (default: the same command gives the same numbers everywhere), or "
+        "of equal processor time, measured first and recorded with the run",
+    )  # fmt: skip
     group.add_argument("--trace", action="store_true", help="keep RUN/trace.json, who did what when, for chrome://tracing")
     parser.set_defaults(batch_size_start=None)
 
@@ -62,7 +68,7 @@ def is_meant(args: argparse.Namespace) -> bool:
         return True
     if args.resume and (Path(args.resume) / run_folder.RUN_FILE).exists():
         return bool(run_folder.read_run(args.resume).get("parallel"))
-    given = [name for name in ("schedule", "microbatches", "recompute", "trace") if getattr(args, name)]
+    given = [name for name in ("schedule", "microbatches", "recompute", "cut", "trace") if getattr(args, name)]
     if given:
         raise ConfigError(f"--{given[0]}: given without --parallel, such as --parallel pp=2")
     return False
@@ -111,7 +117,7 @@ def _new(args: argparse.Namespace) -> Parallel:
     layout = Layout.parse(args.parallel)
     name = args.schedule or _fitting(layout)
     each = args.microbatches if args.microbatches is not None else _fewest(name, layout)
-    parallel = Parallel(layout, name, each * layout.replicas, bool(args.recompute))
+    parallel = Parallel(layout, name, each * layout.replicas, bool(args.recompute), args.cut or CUTS[0])
     _ = parallel.pipeline  # refuses numbers that the schedule cannot have
     if args.batch_size is None:
         args.batch_size = parallel.microbatches
@@ -121,7 +127,7 @@ def _new(args: argparse.Namespace) -> Parallel:
 
 
 def _resumed(args: argparse.Namespace) -> Parallel:
-    """The run's own layout, or another one with the same micro-batches."""
+    """The run's own layout, or another one with the same micro-batches; cut by the same costs."""
     recorded = run_folder.read_run(args.resume)
     if not recorded.get("parallel"):
         raise ConfigError(
@@ -136,7 +142,11 @@ def _resumed(args: argparse.Namespace) -> Parallel:
         raise ConfigError(
             f"--microbatches: {args.microbatches} with {layout}, expected the run's {own.microbatches} in all"
         )
-    parallel = Parallel(layout, name, own.microbatches, recompute)
+    if args.cut not in (None, own.cut):
+        raise ConfigError(
+            f"--cut: {args.cut} for {args.resume}, a run whose cut is {own.cut!r}; leave it out, or begin a new run"
+        )
+    parallel = replace(own, layout=layout, schedule=name, recompute=recompute)
     model, training = ModelConfig.from_dict(recorded["model"]), run_folder.recorded_config(recorded)
     parallel.refuse(model, training, recorded["stream"]["seq_len"])
     return parallel
@@ -186,7 +196,7 @@ def train_rank(rank: worker.Rank, options: dict[str, Any], fields: dict[str, Any
         introduce(console, trainer)
         console.print(
             f"{rank.world} ranks, {trainer.parallel.layout}, {trainer.parallel.schedule}, "
-            f"{trainer.parallel.microbatches} micro-batches a step",
+            f"{trainer.parallel.microbatches} micro-batches a step, cut by {trainer.parallel.cut}",
             highlight=False,
         )
     end = trainer.run(callbacks=[Lines(trainer)] if first else [], progress=first and sys.stderr.isatty())
