@@ -9,18 +9,16 @@ runs in the fastest of its backends, which is found anew there. The two sides th
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bounds
 import torch
-from measure import Timing, copy_bandwidth, interleave, machine, matrix_peak, seconds_of, write_json
+from measure import Timing, command_line, copy_bandwidth, interleave, keep, machine, matrix_peak, seconds_of
 from memory import peak_of
 from ours import CONFIG, Ours
 from peer import Backend, Peer, backends
@@ -31,7 +29,6 @@ from tqdm import tqdm
 
 from dsv3lib import ModelConfig, openmp
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 CONTEXTS = (128, 512, 2048, 8192)
 TRAIN_BATCH = (8, 256)
 DECODE_TOKENS = 16  # in a row in each round
@@ -334,24 +331,12 @@ def run(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="up to 512 tokens, no memory, about a minute")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
-    parser.add_argument("--out", type=Path, help="the results file (default: data/results/cpu-<date>.json)")
-    chosen = parser.parse_args()
+    chosen = command_line(__doc__, "cpu", "up to 512 tokens, no memory").parse_args()
     torch.set_num_threads(chosen.threads)
     print(openmp.settle(chosen.threads))
     contexts = tuple(c for c in CONTEXTS if c <= 512) if chosen.quick else CONTEXTS
     results = run(CONFIG, contexts, TRAIN_BATCH, 2.0 if chosen.quick else 6.0, memory=not chosen.quick)
-    out = chosen.out
-    if out is None and not chosen.quick:
-        out = RESULTS / f"cpu-{results['machine']['date'][:10]}.json"
-    if out is not None:
-        from picture import draw
-
-        write_json(out, results)
-        draw(results, out.with_suffix(".svg"))
-        print(f"written: {out}, {out.with_suffix('.svg')}")
+    keep(results, "cpu", chosen, picture="picture")
 
 
 if __name__ == "__main__":

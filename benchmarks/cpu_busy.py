@@ -10,7 +10,6 @@ what libgomp does where nobody says anything; ``late`` is what the lessons' set-
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,14 +22,13 @@ from typing import Any
 
 # Not before torch: of the policies one comes from outside, one comes late.
 import torch
-from measure import Timing, machine, write_json
+from measure import Timing, command_line, keep, machine
 from ours import CONFIG
 from rich.console import Console
 from rich.table import Table
 
 from dsv3lib import ModelConfig, openmp
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 NEIGHBOURS = 2
 GOAL = 3.0  # times the idle pass
 POLICIES = {
@@ -197,19 +195,12 @@ def table(columns: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{HARD[1]} alone, about a minute")
-    parser.add_argument("--threads", type=int, help="threads of both sides (default: one a core)")
-    parser.add_argument("--out", type=Path, help="the results file (default: data/results/cpu-busy-<date>.json)")
+    parser = command_line(__doc__, "cpu-busy", f"{HARD[1]} alone")
+    parser.set_defaults(threads=None)  # each side's process has one a core
     chosen = parser.parse_args()
     works, budget_s = ([HARD[1]], 10.0) if chosen.quick else (PASSES, 120.0)
     results = run(CONFIG, works, budget_s, threads=chosen.threads)
-    out = chosen.out
-    if out is None and not chosen.quick:
-        out = RESULTS / f"cpu-busy-{results['machine']['date'][:10]}.json"
-    if out is not None:
-        write_json(out, results)
-        print(f"written: {out}")
+    keep(results, "cpu-busy", chosen)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ identical weights, results are compared before anything is timed, and the sides 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import DECODE_TOKENS, RESULTS, Comparison, LogitsDiffer, same
-from measure import Timing, interleave, machine, write_json
+from cpu import DECODE_TOKENS, Comparison, LogitsDiffer, same
+from measure import Timing, command_line, interleave, keep, machine
 from ours import CONFIG, Ours
 from peer import Peer
 from rich.console import Console
@@ -251,23 +249,12 @@ def run(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one context, short rounds, about a minute")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
-    parser.add_argument(
-        "--out", type=Path, help="the results file (default: data/results/cpu-few-<date>.json)"
-    )
-    chosen = parser.parse_args()
+    chosen = command_line(__doc__, "cpu-few", "one context, short rounds").parse_args()
     torch.set_num_threads(chosen.threads)
     print(openmp.settle(chosen.threads))  # torch came first here
     sizes = (CONTEXTS[:1], PROMPTS, DECODED[:1]) if chosen.quick else (CONTEXTS, PROMPTS, DECODED)
     results = run(CONFIG, *sizes, 2.0 if chosen.quick else 6.0, print)
-    out = chosen.out
-    if out is None and not chosen.quick:
-        out = RESULTS / f"cpu-few-{results['machine']['date'][:10]}.json"
-    if out is not None:
-        write_json(out, results)
-        print(f"written: {out}")
+    keep(results, "cpu-few", chosen)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import gpu_layers
 import gpu_peers
 import torch
 from gpu_timing import Ceilings, Stopwatch, Twice, ceilings
-from measure import commit, write_json
+from measure import RESULTS, commit, write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -31,7 +31,6 @@ from tqdm import tqdm
 from dsv3lib import ModelConfig
 from dsv3lib.kernels.toolchain import language, targets, tuning
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 LAYER_TOKENS = 4096
 # Sequences and tokens of a training step; context of prefill and decoding.
 SMALL_MODEL_SIZES = (8, 2048, 8192)

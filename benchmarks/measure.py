@@ -6,6 +6,8 @@ round after round, each round begins with another side, and what is quoted is a 
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import torch
 from dsv3lib import openmp
 from dsv3lib.files import write_whole
 
+RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 Call = Callable[[], Any]
 
 
@@ -148,3 +151,35 @@ def commit() -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result: the old file stands until the new one is whole."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def command_line(about: str, name: str, quick: str) -> argparse.ArgumentParser:
+    """The options that every comparison on a CPU has: --quick, --threads, --out.
+
+    Args:
+        about: the docstring, whose first line describes it. name: of its results. quick: what --quick leaves.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, about a minute")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
+    parser.add_argument("--out", type=Path, help=f"the results file (default: data/results/{name}-<date>.json)")
+    return parser
+
+
+def keep(results: Mapping[str, Any], name: str, chosen: argparse.Namespace, picture: str = "") -> None:
+    """Write results where they were asked for; of a run that is not quick beside the others by default.
+
+    Args:
+        results: with their ``machine``. name, chosen: as for :func:`command_line`, and what it found.
+        picture: the module that draws them into an SVG beside.
+    """
+    out = chosen.out
+    if out is None and not chosen.quick:
+        out = RESULTS / f"{name}-{results['machine']['date'][:10]}.json"
+    if out is None:
+        return
+    write_json(out, results)
+    print(f"written: {out}")
+    if picture:
+        importlib.import_module(picture).draw(results, out.with_suffix(".svg"))
+        print(f"written: {out.with_suffix('.svg')}")

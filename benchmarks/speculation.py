@@ -18,11 +18,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, write_json
+from measure import command_line, keep, machine
 from rich.console import Console
 from rich.table import Table
 from speculation_costs import MOST, Costs, conditional, measure_costs, speedup_at
@@ -38,7 +37,6 @@ from dsv3lib.training.text.data import PackedStream
 from dsv3lib.training.text.folder import open_domains
 from dsv3lib.training.text.tokenizer import Tokenizer
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 DOMAINS = ("code", "docs", "chinese", "german", "arithmetic")
 CONTEXTS = (32, 96, 192)
 NEW = 64  # the longest prompt and its continuation are of the trained length, 256
@@ -319,12 +317,9 @@ def table(results: dict[str, Any]) -> Table:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two domains, one context, about a minute")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = command_line(__doc__, "speculation", "two domains, one context")
     parser.add_argument("--pass-costs", type=_numbers, help="of passes over 1, 2, … tokens, e.g. 1,1.02,1.04")
     parser.add_argument("--draft-cost", type=float, default=0.0, help="of one draft, over a pass over one token")
-    parser.add_argument("--out", type=Path, help="the results file (default: data/results/speculation-<date>.json)")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     model = DeepSeekV3.from_pretrained(NAME, dtype=torch.float32).eval()
@@ -339,15 +334,7 @@ def main() -> None:
     for given in results.get("with_costs_given_not_measured", {}).get("speedup_by_drafts", []):
         print(f"at the costs given (not measured here): {given['domain']}, temperature {given['temperature']:g}: "
               f"speed-up with 0, 1, … drafts {given['speedup']}")  # fmt: skip
-    out = chosen.out
-    if out is None and not chosen.quick:
-        out = RESULTS / f"speculation-{results['machine']['date'][:10]}.json"
-    if out is not None:
-        from speculation_picture import draw
-
-        write_json(out, results)
-        draw(results, out.with_suffix(".svg"))
-        print(f"written: {out} and {out.with_suffix('.svg').name}")
+    keep(results, "speculation", chosen, picture="speculation_picture")
 
 
 def _numbers(text: str) -> list[float]:

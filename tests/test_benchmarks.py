@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -69,6 +70,27 @@ def test_a_whole_run_writes_what_it_measured(tmp_path) -> None:
         "times as fast" in (tmp_path / "cpu.svg").read_text()
         or (tmp_path / "cpu.svg").stat().st_size > 10_000
     )
+
+
+def test_results_are_kept_where_they_were_asked_for_and_a_quick_run_keeps_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    parser, results = measure.command_line("One line.\nMore.", "few", "less"), {"machine": {"date": "2026-01-02T03"}}
+    for words, expected in (
+        (["--quick"], []), (["--quick", "--out", "own.json"], ["own.json"]), ([], ["results/few-2026-01-02.json"]),
+    ):  # fmt: skip
+        folder = tmp_path / "-".join(["run", *words])
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        before = {*tmp_path.rglob("*.json")}
+        measure.keep(results, "few", parser.parse_args(words))
+        found = {*tmp_path.rglob("*.json")} - before
+        assert {path.name for path in found} == {Path(name).name for name in expected}
+        assert all(json.loads(path.read_text()) == results for path in found)
+    drawn = []
+    monkeypatch.setitem(sys.modules, "a_picture", SimpleNamespace(draw=lambda *given: drawn.append(given)))
+    measure.keep(results, "few", parser.parse_args(["--out", "drawn.json"]), picture="a_picture")
+    assert drawn == [(results, Path("drawn.svg"))] and Path("drawn.json").exists()
 
 
 def test_few_tokens_and_16_bits_are_measured_beside_one_token_and_fp32() -> None:
@@ -244,7 +266,9 @@ def test_the_prediction_is_leviathans_where_every_draft_is_as_likely(a, m, wider
     passes = [2.0 * (1 + wider * k) for k in range(5)]
     found = speculation_costs.speedup_at([a] * 4, passes, draft)[m]
     assert found == pytest.approx(expected_speedup(a, m, 1 + wider * m, draft))
-    costs = speculation_costs.Costs(tuple(passes), {0.0: tuple(2.0 * draft * k for k in range(5))}, {}, 0.1)
+    drafts = tuple(2.0 * draft * k for k in range(5))
+    rounds = tuple(d + p for d, p in zip(drafts, passes, strict=True))  # and nothing else
+    costs = speculation_costs.Costs({0.0: 2.0}, tuple(passes), {0.0: drafts}, {0.0: rounds}, 0.1)
     assert costs.speedup([a] * m, 0.0) == pytest.approx(found)
 
 
