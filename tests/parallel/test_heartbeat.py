@@ -1,6 +1,7 @@
 """Ranks under torchrun watch one another: one that is stopped, killed or raises ends the run, and is named."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -41,8 +42,14 @@ def free_port():
         return held.getsockname()[1]
 
 
-@pytest.mark.parametrize("kind", ["SIGSTOP", "SIGKILL"] if "DSV3_FAULTS" in os.environ else ["SIGSTOP"])
-def test_a_rank_alone_on_its_machine_is_missed_by_the_other_and_leaves_nothing_behind(kind, tmp_path):
+def faults():
+    """One by default; DSV3_FAULTS=3 is three of each kind."""
+    times = int(os.environ.get("DSV3_FAULTS", 0))
+    return [(kind, number) for number in range(times) for kind in ("SIGSTOP", "SIGKILL")] or [("SIGSTOP", 0)]
+
+
+@pytest.mark.parametrize(("kind", "number"), faults())
+def test_a_rank_alone_on_its_machine_is_missed_by_the_other_and_leaves_nothing_behind(kind, number, tmp_path):
     texts, out = tmp_path / "text", tmp_path / "run"
     texts.mkdir()
     for page in range(12):
@@ -59,6 +66,7 @@ def test_a_rank_alone_on_its_machine_is_missed_by_the_other_and_leaves_nothing_b
         (struck,) = psutil.Process(agents[1].pid).children()
         started = [one for agent in agents for one in psutil.Process(agent.pid).children(recursive=True)]
         assert len(started) == 4  # a rank and its watchdog each
+        time.sleep(random.Random(number).uniform(0.0, 1.0))  # any phase of a step
         begun = time.monotonic()
         os.kill(struck.pid, getattr(signal, kind))
         told = [agent.communicate(timeout=60)[0] for agent in agents]

@@ -28,8 +28,8 @@ def main(rank: int, pid: int, beat: float, silent_beats: int) -> None:
         missed = 0 if ready else missed + 1
     if os.getppid() == pid:
         os.kill(pid, signal.SIGKILL)
-        text = f"rank {rank} (process {pid}) gave no sign of life for {beat * silent_beats:g} s and was killed\n"
-        os.write(2, text.encode())
+        why = f"no sign of life for {beat * silent_beats:g} s: stopped, or the ranks' store does not answer"
+        os.write(2, f"rank {rank} (process {pid}) was killed: {why}\n".encode())
 
 
 if __name__ == "__main__":
