@@ -10,6 +10,7 @@ import torch
 from dsv3lib import DeepSeekV3
 from dsv3lib.fp8 import Recipe
 from dsv3lib.layers.operations import PLAIN_OPERATIONS
+from dsv3lib.parallel import wires
 from dsv3lib.pipeline import schedule
 from dsv3lib.pipeline.runtime.chunk import Pass
 from dsv3lib.pipeline.runtime.engine import Engine, groups_of
@@ -70,26 +71,35 @@ def train(links_of, case, tell=lambda doing: None, at_once=False):
 
 
 @contextmanager
-def as_long_as_in_a_large_model(seconds=0.02):
-    """Stages that take longer than a busy machine needs to let the exchanges' thread begin; the numbers are the same.
+def as_slow_as_in_a_large_model(seconds):
+    """Attention that computes, and exchanges that travel, for longer than a busy machine lets a thread wait.
 
-    Here a stage computes for a millisecond, and four ranks share two cores: an exchange that was launched before it
-    would often begin after it.
+    Here an attention computes for a millisecond, and four ranks share two cores: whether an exchange that is launched
+    before it still travels when it begins would be luck. The numbers are the same.
     """
-    own = Pass._timed
+    timed, carry_out = Pass._timed, wires._carry_out
 
-    def timed(self, stage, *grad):
+    def slow_attention(self, stage, *grad):
         def longer(*grad):
-            time.sleep(seconds)  # first: what a stage launches, it launches at its end
-            return stage(*grad)
+            name = stage(*grad)
+            time.sleep(seconds if name == "attention" else 0)
+            return name
 
-        return own(self, longer, *grad)
+        return timed(self, longer, *grad)
 
-    Pass._timed = timed
+    def slow_exchange(exchange):
+        def longer():
+            result = exchange()
+            time.sleep(seconds)
+            return result
+
+        return carry_out(longer)
+
+    Pass._timed, wires._carry_out = slow_attention, slow_exchange
     try:
         yield
     finally:
-        Pass._timed = own
+        Pass._timed, wires._carry_out = timed, carry_out
 
 
 def all_cases(rank, cases, at_once=False):
@@ -97,7 +107,7 @@ def all_cases(rank, cases, at_once=False):
     found = []
     for case in cases:
         place = list(Layout.parse(case[1]).mesh().get_coordinate())
-        with as_long_as_in_a_large_model(0.02 if case[0] == "dualpipe" else 0):
+        with as_slow_as_in_a_large_model(0.05 if case[0] == "dualpipe" else 0):
             found.append(train(rank.links, case, rank.tell, at_once) | {"place": place})
     return found
 
