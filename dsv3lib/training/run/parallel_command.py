@@ -196,7 +196,7 @@ def train_rank(rank: worker.Rank, options: dict[str, Any], fields: dict[str, Any
         introduce(console, trainer)
         console.print(
             f"{rank.world} ranks, {trainer.parallel.layout}, {trainer.parallel.schedule}, "
-            f"{trainer.parallel.microbatches} micro-batches a step, cut by {trainer.parallel.cut}",
+            f"{trainer.parallel.microbatches} micro-batches a step, cut: {trainer.parallel.cut}",
             highlight=False,
         )
     end = trainer.run(callbacks=[Lines(trainer)] if first else [], progress=first and sys.stderr.isatty())
