@@ -83,7 +83,8 @@ class AdaptiveCount:
         self._stood = [list(_PRIOR) for _ in range(most)]  # of each depth: stood, judged
         self._seconds: list[deque[float]] = [deque(maxlen=_REMEMBERED) for _ in range(most + 1)]
         self._lost = [0.0] * (most + 1)  # seconds that the last trial of m lost
-        self._tried = [0.0] * (most + 1)  # when it ended
+        self._tried = [0.0] * (most + 1)  # when it ended, in seconds of rounds: between two of them all may rest
+        self._spent = 0.0  # seconds of all rounds
         self._now, self._left, self._trial = 0, 0, (0.0, 0.0)
         self._began = self._clock()
 
@@ -91,11 +92,12 @@ class AdaptiveCount:
         """Take over what another run of the same model has learned; the two go on apart.
 
         Args:
-            earlier: with as many drafts at most, and the same clock.
+            earlier: with as many drafts at most.
         """
         self._stood = [list(of_depth) for of_depth in earlier._stood]
         self._seconds = [seconds.copy() for seconds in earlier._seconds]
         self._lost, self._tried = list(earlier._lost), list(earlier._tried)
+        self._spent = earlier._spent
 
     def next(self) -> int:
         """The best number, or one whose turn it is to be tried; the round's time runs from here."""
@@ -111,9 +113,8 @@ class AdaptiveCount:
         if unknown is not None:
             self._now, self._left = unknown, _TRIAL
         else:
-            now = self._clock()
             for m in range(self.most + 1):
-                patience = now - self._tried[m]
+                patience = self._spent - self._tried[m]
                 if m != best and patience * self._loses / self.most >= self._lost[m]:
                     self._now, self._left = m, _TRIAL
                     break
@@ -121,8 +122,8 @@ class AdaptiveCount:
 
     def saw(self, round_: Round) -> None:
         """Count the round: its time, its tokens, and what became of its drafts."""
-        now, m = self._clock(), self._now
-        seconds, rows = now - self._began, sum(map(bool, round_.tokens))
+        m = self._now
+        seconds, rows = self._clock() - self._began, sum(map(bool, round_.tokens))
         if not rows:
             return
         self._left = max(self._left - 1, 0)
@@ -130,13 +131,14 @@ class AdaptiveCount:
             for k in range(min(m, accepted + 1) if tokens else 0):  # a guess that was not made did not stand either
                 stood, judged = self._stood[k]
                 self._stood[k] = [stood * _FORGETS + (k < accepted), judged * _FORGETS + 1]
+        self._spent += seconds
         spent, gained = self._trial
         self._trial = (spent + seconds, gained + sum(map(len, round_.tokens)) / rows)
         if self._left == 0:  # a trial's last round, or one like those before
             self._seconds[m].append(max(seconds, _TICK))
             rate = self.tokens_a_second(self.best())
             self._lost[m] = max(self._trial[0] - self._trial[1] / rate, 0.0)
-            self._tried[m] = now
+            self._tried[m] = self._spent
 
     def acceptance(self) -> list[float]:
         """a_k: of the drafts at depth k whose forerunners stood, the share that stood, newest rounds first."""

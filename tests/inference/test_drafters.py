@@ -26,7 +26,7 @@ from dsv3lib.inference.drafters.lookup import PromptLookup, lookup
 from dsv3lib.inference.drafters.mtp_chain import MTPChain
 from dsv3lib.inference.drafters.windows import take
 from dsv3lib.inference.request import Request
-from dsv3lib.inference.speculative import Verdict, speculate
+from dsv3lib.inference.speculative import Speculation, Verdict, speculate
 
 
 class Schedule:
@@ -99,6 +99,26 @@ def test_after_rounds_without_drafts_the_chain_drafts_as_if_it_had_never_paused(
     assert compared >= 3
     if remembers > 24:  # than the whole text: nothing is forgotten
         assert same == compared
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_of_a_long_prompt_the_chain_reads_what_it_remembers_where_rounds_without_drafts_came_first(rows):
+    model, ids = chain_model(2, 0.15), prompts(rows, 20)
+    lengths = torch.tensor([20, 3, 12][:rows])
+    request = Request.of(model, ids, 12, stop_tokens=NEVER, lengths=lengths)
+    for numbers, held in (([2], 20), ([0, 0, 0, 2], 6)):
+        state = Speculation(model, request, Schedule(numbers), drafter=MTPChain(6))
+        rounds = [state.begin()] + [state.step() for _ in range(3)]
+        assert max(state.drafting.cache.lengths) <= 6 or held > 6
+        rounds.append(state.step())
+        assert (max(state.drafting.cache.lengths) <= held + 4) and max(len(d) for d in rounds[-1].drafts) == 2
+        while not state.ended.all():
+            rounds.append(state.step())
+        text = request.rows()
+        for round_ in rounds:
+            for row, tokens in zip(text, round_.tokens, strict=True):
+                row.extend(tokens)
+        assert torch.equal(request.pad(text), model.generate(ids, 12, stop_tokens=NEVER, lengths=lengths))
 
 
 @given(

@@ -35,8 +35,8 @@ class MTPChain:
     round with one draft and 2 % with two, so it is not done. ``benchmarks/speculation.py`` measures the share.
 
     Args:
-        remembers: after rounds without drafts the modules catch up on so many positions at most, and forget what was
-            before: reading all of a long stretch anew would cost more than drafts are worth.
+        remembers: after rounds without drafts the modules catch up on so many positions at most, of the prompt too, and
+            forget what was before: reading all of a long stretch would cost more than drafts are worth.
     """
 
     remembers: int = 128
@@ -95,6 +95,7 @@ class ChainDrafting:
         self._drafted = False
         # Hidden states of passes without drafts, not yet joined to ``hidden``; and each row's n before them.
         self._skipped: deque[Tensor] = deque(maxlen=remembers)
+        self._remembers = remembers
         self._since: np.ndarray | None = None
 
     def draft(self, text: Int[Tensor, "B capacity"], n: Int[Tensor, " B"], sizes: Int[Tensor, " B"]) -> Drafts:
@@ -162,10 +163,16 @@ class ChainDrafting:
         self._skipped.clear()
         if joined.shape[1] == int((n - since).max()):
             self._take_in(since, n, joined)
-        else:  # Some were forgotten: begin anew. RoPE tells distances alone, so the latents may count from 0.
-            self.cache.crop(0)
-            self.hidden = joined
-            self._first = self._offset = np.maximum(n - 1 - joined.shape[1], 0)
+            if self.hidden.shape[1] > self._remembers:
+                first = np.maximum(n - 1 - self._remembers, self._first)
+                self._begin_anew(first, take(self.hidden, first - self._first, self._remembers))
+        else:  # some were forgotten
+            self._begin_anew(np.maximum(n - 1 - joined.shape[1], 0), joined)
+
+    def _begin_anew(self, first: Int64[np.ndarray, " B"], hidden: Float[Tensor, "B T D"]) -> None:
+        """Forget all before a position of each row: RoPE tells distances alone, so the latents may count from 0."""
+        self.cache.crop(0)
+        self.hidden, self._first, self._offset = hidden, first, first
 
     def _take_in(
         self, before: Int64[np.ndarray, " B"], n: Int64[np.ndarray, " B"], hidden: Float[Tensor, "B Tk D"]
