@@ -4,13 +4,16 @@ import os
 import shutil
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from dsv3lib import DeepSeekV3, ModelConfig
+from dsv3lib.errors import TrainingError
 from dsv3lib.layers.operations import PLAIN_OPERATIONS
 from dsv3lib.model.loss import LossWeights
+from dsv3lib.pipeline.runtime import links
 from dsv3lib.pipeline.runtime.layout import Layout
 from dsv3lib.pipeline.runtime.worker import Rank
 from dsv3lib.training.loop.balance import update_bias
@@ -61,7 +64,9 @@ def train(rank, cases):
     return [_train(rank, **case) for case in cases]
 
 
-def _train(rank, interrupted=None, **case):
+def _train(rank, interrupted=None, unsent=False, **case):
+    if unsent:
+        return _unsent(rank, **case)
     if interrupted is not None and rank.rank == 0:
         _copy(Path(interrupted), Path(case["out"]))
     rank.gather_objects(None)
@@ -70,7 +75,29 @@ def _train(rank, interrupted=None, **case):
     return {
         "records": records, "weights": {name: p.detach() for name, p in made.model.named_parameters()},
         "validation": made.validation.to_dict(), "pid": os.getpid(), "spans": bool(made._spans),
+        "states": {name: state.nbytes for name, state in made._state_tensors().items()}, "bytes": made.state_bytes(),
     }  # fmt: skip
+
+
+def _unsent(rank, **case):
+    """The wrong twin: what a rank updates stays with it. Returns the error."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    with patch.object(ZeroRedundancyOptimizer, "_sync_params", lambda self: None):
+        try:
+            list(trainer(rank, **case))
+        except TrainingError as error:
+            return str(error)
+
+
+def in_threads(case):
+    """The ranks of one case as threads of this process: no process groups, so that each keeps all of its states."""
+    def one(to_others):
+        rank = Rank(to_others.rank, to_others.world)
+        rank.links, rank.gather_objects = lambda groups: to_others, to_others.gather_objects
+        return _train(rank, **case)
+
+    return links.in_threads(Layout.parse(case["layout"]).world, one)
 
 
 def _copy(run, to):

@@ -1,6 +1,7 @@
 """``dsv3 train --parallel`` from the command line: what it refuses at once, and a whole run."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def resumed(out, *options):
     return parallel_command.settle(parser.parse_args(["--resume", str(out), *options]))
 
 
-def test_a_run_from_the_command_line(tmp_path):
+def test_a_run_from_the_command_line(tmp_path, capfd):
     texts = tmp_path / "text"
     texts.mkdir()
     for page in range(12):
@@ -79,6 +80,9 @@ def test_a_run_from_the_command_line(tmp_path):
     options = f"--preset nano --data {texts} --seq-len 16 --steps 3 --parallel pp=2 --microbatches 4 --cut measured "
     options += f"--out {out}"
     assert main(["train", *options.split()]) == 0
+    pattern = r"optimizer states: (\S+) MB on the fullest rank \(ZeRO-1; unsharded (\S+) MB\)"
+    told = re.search(pattern, capfd.readouterr().out)
+    assert float(told[1]) < 0.6 * float(told[2])  # DualPipe has two copies
     log, recorded = read_log(out), run_folder.read_run(out)
     assert [record["step"] for record in log.steps] == [1, 2, 3] and log.end["reason"] == "finished"
     assert log.validations and recorded["parallel"]["layout"].startswith("pp=2")

@@ -12,8 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 import training_work as work
+from safetensors import safe_open
 
 from dsv3lib import DeepSeekV3
+from dsv3lib.checkpoint import entries
 from dsv3lib.errors import ConfigError, TrainingError
 from dsv3lib.pipeline.runtime.layout import Layout, is_expert
 from dsv3lib.pipeline.runtime.links import in_threads
@@ -47,6 +49,7 @@ def four(path_for_processes, tmp_path_factory):
         {"layout": "pp=4", "schedule": "dualpipe", "out": str(out.with_name("again")), "interrupted": str(out)},
         {"layout": "pp=2,ep=2", "schedule": "dualpipe", "out": str(out.with_name("experts"))},
         {"layout": "ep=4,nodes=2", "schedule": "1f1b", "out": str(out.with_name("spread")), "interrupted": str(out)},
+        {"layout": "pp=2,dp=2", "schedule": "1f1b", "out": str(out.with_name("unsent")), "steps": 1, "unsent": True},
     ]
     return out, launch(4, f"{work.__name__}:train", [cases], timeout=200)
 
@@ -111,6 +114,36 @@ def test_experts_on_several_ranks_learn_what_they_learn_on_one(four, plain):
             assert (weight - wanted).abs().max() < 1e-9, name
     state = DeepSeekV3.from_pretrained(four[0].with_name("experts") / "model").state_dict()
     assert all((state[name] - weight).abs().max() < 1e-9 for name, weight in weights.items())
+
+
+def test_each_state_lies_on_one_rank_and_the_weights_are_the_same_to_the_bit(four):
+    out, results = four
+    kept_by_all = work.in_threads({"layout": "pp=2,ep=2", "schedule": "dualpipe"})
+    for own, found in zip(kept_by_all, (rank[3] for rank in results), strict=True):
+        assert own["records"][-1]["loss"] == found["records"][-1]["loss"]
+        assert all(torch.equal(weight, found["weights"][name]) for name, weight in own["weights"].items())
+    every = [f"{kind}.{entry.name}" for kind in ("first", "second", "average") for entry in entries(work.model())]
+    every = sorted(name for name in every if not name.endswith("correction_bias"))  # a buffer
+    for number, folder in ((0, out), (1, None), (3, out.with_name("experts"))):
+        ranks = [rank[number] for rank in results]
+        assert sorted(name for found in ranks for name in found["states"]) == every
+        assert [sum(found["states"].values()) for found in ranks] == [held for held, _ in ranks[0]["bytes"]]
+        most, unsharded = (max(column) for column in zip(*ranks[0]["bytes"], strict=True))
+        assert most < 0.7 * unsharded  # two copies at least; a parameter is not divided, and the embedding is large
+        if folder is not None:  # each was written once, too
+            written = []
+            for file in (save_point.latest_savepoint(folder) / "training" / "moments").iterdir():
+                with safe_open(file, framework="pt") as shard:
+                    written += shard.keys()
+            assert sorted(written) == every
+    assert all(held == unsharded for held, unsharded in kept_by_all[0]["bytes"])
+
+
+def test_an_update_that_does_not_reach_a_copy_is_refused_at_the_save_point(four):
+    out, results = four
+    told = {rank[5] for rank in results}  # every rank's error; all end together
+    assert len(told) == 1 and told.pop().startswith("model.embed_tokens.weight: its copies on ranks 0, 1, 2, 3 differ")
+    assert save_point.latest_savepoint(out.with_name("unsent")) is None
 
 
 def test_a_run_goes_on_at_another_layout_with_the_same_losses(four, others):

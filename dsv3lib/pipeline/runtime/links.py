@@ -49,6 +49,9 @@ class Links(Protocol):
     def gather_objects(self, value: Any) -> list[Any]:
         """What each rank of the world gives, in order."""
 
+    def process_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """torch's own group of these ranks, for what torch does between them; threads have none."""
+
 
 def _bytes_to_others(tensor: Tensor, send: list[int], ranks: tuple[int, ...], rank: int) -> int:
     rows = sum(n for other, n in zip(ranks, send, strict=True) if other != rank)
@@ -102,6 +105,9 @@ class GlooLinks:
         dist.all_gather_object(every, value)
         return every
 
+    def process_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        return self._groups[ranks]
+
 
 class Board:
     """Where the threads of one process leave what they have for one another.
@@ -149,6 +155,9 @@ class ThreadLinks:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return self._exchange(value, tuple(range(self.world)), "objects")
+
+    def process_group(self, ranks: tuple[int, ...]) -> None:
+        return None
 
     def _exchange(self, value: Any, ranks: tuple[int, ...], what: str) -> list[Any]:
         for other in ranks:

@@ -6,11 +6,13 @@ accelerator no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ...errors import TrainingError
 
 
 class WeightAverage:
@@ -23,14 +25,16 @@ class WeightAverage:
         model: the module whose parameters are averaged. Buffers (the routers' biases) are not: they are
             integrals already, and are taken as they stand.
         decay: d, below 1.
+        leave_out: names of parameters whose average another rank keeps.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, leave_out: Collection[str] = ()) -> None:
         self.decay = decay
         self.count = 0
         self.tensors: dict[str, Tensor] = {
             name: p.detach().to(device="cpu", dtype=torch.float32, copy=True)
             for name, p in model.named_parameters()
+            if name not in leave_out
         }
 
     @torch.no_grad()
@@ -38,12 +42,20 @@ class WeightAverage:
         """Take in the weights as they are now."""
         self.count += 1
         weight = 1.0 - min(self.decay, (1 + self.count) / (10 + self.count))
-        now = [p.detach().to(device="cpu", dtype=torch.float32) for p in model.parameters()]
+        weights = dict(model.named_parameters())
+        now = [weights[name].detach().to(device="cpu", dtype=torch.float32) for name in self.tensors]
         torch._foreach_lerp_(list(self.tensors.values()), now, weight)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
+        """Within the block the model has the averaged weights; afterwards its own again, bit for bit.
+
+        Raises:
+            TrainingError: some of them are another rank's.
+        """
+        for name, _ in model.named_parameters():
+            if name not in self.tensors:
+                raise TrainingError(f"{name}: another rank keeps its average; resume the run in one process")
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
         try:
             self._write(model, self.tensors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from .settings import TrainingConfig
 
 
 class AdamW:
@@ -51,6 +52,12 @@ class AdamW:
                  for n, w in self.masters.items()}  # fmt: skip
         self.first = {n: torch.zeros_like(w, dtype=kinds[n]) for n, w in self.masters.items()}
         self.second = {n: torch.zeros_like(w, dtype=kinds[n]) for n, w in self.masters.items()}
+
+    @classmethod
+    def of(cls, config: TrainingConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> AdamW:
+        """With a run's settings."""
+        moments = torch.bfloat16 if config.bf16_moments else torch.float32
+        return cls(named_parameters, config.beta1, config.beta2, config.epsilon, config.weight_decay, moments)
 
     @staticmethod
     def decays(parameter: Tensor) -> bool:

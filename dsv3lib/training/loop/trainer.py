@@ -45,6 +45,7 @@ from .gradients import Gradients, gradients
 from .optimizer import AdamW
 from .schedule import Schedule, steps_for_seconds, steps_for_tokens
 from .settings import TrainingConfig
+from .zero import ShardedAdamW
 
 Record = dict[str, Any]
 Callback = Callable[["Trainer", Record], None]
@@ -96,11 +97,9 @@ class Trainer:
             set_recipe(model, model.recipe)
         model.recipe.refuse(self.device)
         self._prepare()
-        self.optimizer = AdamW(
-            model.named_parameters(), self.config.beta1, self.config.beta2, self.config.epsilon,
-            self.config.weight_decay, torch.bfloat16 if self.config.bf16_moments else torch.float32,
-        )  # fmt: skip
-        self.average = WeightAverage(model, self.config.ema_decay) if self.config.ema_decay > 0 else None
+        self.optimizer, elsewhere = self._make_optimizer()
+        decay = self.config.ema_decay
+        self.average = WeightAverage(model, decay, leave_out=elsewhere) if decay > 0 else None
         self.schedule = Schedule(self.config, self._given_length())
         self._log: runlog.RunLog | None = None
         if self.out is not None:
@@ -258,6 +257,10 @@ class Trainer:
 
     def _prepare(self) -> None:
         """The last moment before optimizer and average take hold of the model's parameters."""
+
+    def _make_optimizer(self) -> tuple[AdamW | ShardedAdamW, frozenset[str]]:
+        """The optimizer, and which parameters another rank updates and averages."""
+        return AdamW.of(self.config, self.model.named_parameters()), frozenset()
 
     def _gradients(self, batch: Batch, weights: LossWeights) -> Gradients:
         return gradients(self.model, batch, weights, self.config.gradient_clip, self.stream.domain_names)

@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from ...pipeline.runtime.worker import Rank
 from ..loop.balance import update_bias
 from ..loop.evaluate import Evaluation, evaluate
 from ..loop.gradients import Gradients
+from ..loop.optimizer import AdamW
 from ..loop.schedule import Schedule
 from ..loop.settings import TrainingConfig
 from ..loop.trainer import Record, Trainer
+from ..loop.zero import ShardedAdamW, refuse_unequal_copies
 from ..text.data import Batch, PackedStream
 from . import folder as run_folder
 from . import save_point, sharded
@@ -234,6 +237,21 @@ class ParallelTrainer(Trainer):
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         return sharded.split_by_name(self.model, tensors)
 
+    def _make_optimizer(self) -> tuple[ShardedAdamW, frozenset[str]]:
+        make = partial(AdamW.of, self.config)
+        optimizer = ShardedAdamW(self.engine.parameters, self.engine.holders, self.links.process_group, make)
+        return optimizer, optimizer.elsewhere
+
+    def state_bytes(self) -> list[tuple[int, int]]:
+        """Of each rank: bytes of moments, masters and averaged weights here, and what all of its copies' would be.
+
+        All ranks call it.
+        """
+        whole = self.optimizer.unsharded_bytes()
+        if self.average is not None:
+            whole += sum(4 * p.numel() for p in self.engine.parameters.values())  # FP32
+        return self.links.gather_objects((sum(t.nbytes for t in self._state_tensors().values()), whole))
+
     # ---- steps -------------------------------------------------------------------------------------------
 
     def _tell(self, doing: str) -> None:
@@ -322,10 +340,12 @@ class ParallelTrainer(Trainer):
 
         Raises:
             SaveError: it cannot be written; those before stand, and the log too.
+            TrainingError: ranks that hold the same weights hold different ones; nothing is written.
         """
         if self.out is None:
             return None
         self._tell("saving")
+        refuse_unequal_copies(self.engine.parameters, self.engine.holders, self.links)
         target = save_point.savepoint_folder(self.out, self.steps_done)
         if self.links.gather_objects(not target.exists())[0]:
             if self.links.rank == 0:

@@ -170,6 +170,16 @@ def _as_torchrun_says(args: argparse.Namespace, parallel: Parallel) -> int:
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
 
 
+def states_told(held: list[tuple[int, int]]) -> str:
+    """What sharding the optimizer's states saves, in a line: moments, masters and averaged weights.
+
+    Args:
+        held: of each rank, as ``ParallelTrainer.state_bytes`` gives it.
+    """
+    most, unsharded = (max(column) / 1e6 for column in zip(*held, strict=True))
+    return f"optimizer states: {most:,.1f} MB on the fullest rank (ZeRO-1; unsharded {unsharded:,.1f} MB)"
+
+
 def train_rank(rank: worker.Rank, options: dict[str, Any], fields: dict[str, Any]) -> str:
     """What each rank's process does.
 
@@ -192,11 +202,12 @@ def train_rank(rank: worker.Rank, options: dict[str, Any], fields: dict[str, Any
         ParallelTrainer, parallel=Parallel.from_dict(fields), rank=rank, asked_to_stop=asked.is_set, trace=args.trace
     )
     trainer = make_trainer(args, console, make)
+    held = trainer.state_bytes()
     if first:
         introduce(console, trainer)
         console.print(
             f"{rank.world} ranks, {trainer.parallel.layout}, {trainer.parallel.schedule}, "
-            f"{trainer.parallel.microbatches} micro-batches a step, cut: {trainer.parallel.cut}",
+            f"{trainer.parallel.microbatches} micro-batches a step, cut: {trainer.parallel.cut}\n{states_told(held)}",
             highlight=False,
         )
     end = trainer.run(callbacks=[Lines(trainer)] if first else [], progress=first and sys.stderr.isatty())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3lib.errors import CheckpointError
+from dsv3lib.errors import CheckpointError, TrainingError
 from dsv3lib.training.loop.average import WeightAverage
 from dsv3lib.training.loop.optimizer import AdamW
 
@@ -89,3 +89,8 @@ def test_average_follows_slowly_and_gives_the_weights_back():
     with average.applied(model):
         assert torch.equal(model[0].weight, average.tensors["0.weight"])
     assert torch.equal(model[0].weight, own)
+    share = WeightAverage(model, decay=0.5, leave_out={"0.bias"})  # which another rank keeps
+    share.update(model)
+    assert share.tensors.keys() == average.tensors.keys() - {"0.bias"}
+    with pytest.raises(TrainingError, match="0.bias: another rank"), share.applied(model):
+        pass
