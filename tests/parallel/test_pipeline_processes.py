@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import queue
+import time
 
 import pipeline_work as work
 import pytest
@@ -148,6 +150,18 @@ def test_a_forgotten_direction_is_seen():
 
     with pytest.raises(AssertionError):
         _agrees_with_the_plain_model(case, in_threads(2, forget), work.plain(case))
+
+
+def test_threads_that_ask_for_a_new_queue_at_once_share_one(monkeypatch):
+    """With one each, what one of them sends is never seen by the other, which then waits in vain."""
+    class Slow(queue.Queue):
+        def __init__(self):
+            time.sleep(0.05)  # the other thread comes meanwhile
+            super().__init__()
+
+    monkeypatch.setattr(queue, "Queue", Slow)
+    made = in_threads(2, lambda links: links.board.queue_of(("from", "to", "tag")))
+    assert made[0] is made[1]
 
 
 def test_bad_layouts_are_refused_before_a_process_starts():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -118,7 +117,15 @@ class Board:
 
     def __init__(self, world: int, timeout: float | int = 60) -> None:
         self.world, self.timeout = world, timeout
-        self.queues: dict[tuple, queue.Queue] = defaultdict(queue.Queue)
+        self._queues: dict[tuple, queue.Queue] = {}
+        self._lock = threading.Lock()
+
+    def queue_of(self, key: tuple) -> queue.Queue:
+        """The one queue of this sender, receiver and tag, made when either of them first asks for it."""
+        with self._lock:  # two threads at once would make one each, and wait for what lies in the other's
+            if key not in self._queues:
+                self._queues[key] = queue.Queue()
+            return self._queues[key]
 
 
 class ThreadLinks:
@@ -132,7 +139,7 @@ class ThreadLinks:
         self.board, self.rank, self.world, self.sent_bytes = board, rank, board.world, 0
 
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
-        self.board.queues[self.rank, to, tag].put(tensor.clone())
+        self.board.queue_of((self.rank, to, tag)).put(tensor.clone())
         self.sent_bytes += tensor.nbytes
 
     def receive(self, like: Tensor, source: int, tag: int) -> Tensor:
@@ -143,7 +150,7 @@ class ThreadLinks:
 
     def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int], ranks: tuple[int, ...]) -> Tensor:
         for other, rows in zip(ranks, tensor.split(send), strict=True):
-            self.board.queues[self.rank, other, "rows", ranks].put(rows.clone())
+            self.board.queue_of((self.rank, other, "rows", ranks)).put(rows.clone())
         self.sent_bytes += _bytes_to_others(tensor, send, ranks, self.rank)
         arrived = [self._take((other, self.rank, "rows", ranks)) for other in ranks]
         if [len(rows) for rows in arrived] != receive:
@@ -161,12 +168,12 @@ class ThreadLinks:
 
     def _exchange(self, value: Any, ranks: tuple[int, ...], what: str) -> list[Any]:
         for other in ranks:
-            self.board.queues[self.rank, other, what, ranks].put(value)
+            self.board.queue_of((self.rank, other, what, ranks)).put(value)
         return [self._take((other, self.rank, what, ranks)) for other in ranks]
 
     def _take(self, key: tuple) -> Any:
         try:
-            return self.board.queues[key].get(timeout=self.board.timeout)
+            return self.board.queue_of(key).get(timeout=self.board.timeout)
         except queue.Empty:
             raise TrainingError(f"rank {self.rank}: nothing came from rank {key[0]} ({key[2]})") from None
 
