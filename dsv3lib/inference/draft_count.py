@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary
 from ..errors import InputError
 from .acceptance import Round
 
-_REMEMBERED = 7  # rounds whose median time counts
+_REMEMBERED = 5  # rounds whose median time counts
 _FORGETS = 0.97  # weight of a round after each further one
-_PRIOR = (1.0, 2.0)  # draft k before any was seen: one of two stood
+_PRIOR = (2.4, 3.0)  # draft k before any was seen: as an MTP module is hoped to draft, and soon outweighed
+_FIRST_TRIAL = 4  # rounds of a number that nobody has tried yet
 _TRIAL = 2  # rounds; the first one also pays for what the drafter has not read yet
 _TICK = 1e-9  # seconds; a coarse clock may not have moved
 LOSES_AT_MOST = 0.02
@@ -111,7 +112,7 @@ class AdaptiveCount:
         best = self.best()
         self._now, self._left = best, 1
         if unknown is not None:
-            self._now, self._left = unknown, _TRIAL
+            self._now, self._left = unknown, _FIRST_TRIAL
         else:
             for m in range(self.most + 1):
                 patience = self._spent - self._tried[m]
