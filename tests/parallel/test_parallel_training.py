@@ -51,7 +51,7 @@ def four(path_for_processes, tmp_path_factory):
         {"layout": "ep=4,nodes=2", "schedule": "1f1b", "out": str(out.with_name("spread")), "interrupted": str(out)},
         {"layout": "pp=2,dp=2", "schedule": "1f1b", "out": str(out.with_name("unsent")), "steps": 1, "unsent": True},
     ]
-    return out, launch(4, f"{work.__name__}:train", [cases], timeout=200)
+    return out, launch(4, f"{work.__name__}:train", [cases], timeout=400)
 
 
 @pytest.fixture(scope="module")
