@@ -94,15 +94,16 @@ class Choice:
         return self._survey
 
     @contextmanager
-    def settled(self, model: nn.Module) -> Iterator[None]:
+    def settled(self, model: nn.Module, mtp: bool = True) -> Iterator[None]:
         """Look once for several calls in a row, between which nobody gets hold of the model.
 
         A look takes a twentieth of a small model's pass, and a round of speculation makes a handful of calls.
 
         Args:
             model: as it is now.
+            mtp: whether the MTP modules run in them too.
         """
-        self.survey(model)
+        self.survey(model, mtp)
         before, self._settled = self._settled, True
         try:
             yield

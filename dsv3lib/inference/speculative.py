@@ -172,20 +172,19 @@ class Speculation:
     @torch.inference_mode()
     def step(self) -> Round:
         """Draft, verify, keep what stands."""
-        with self.model.choice.settled(self.model):
-            return self._step()
-
-    def _step(self) -> Round:
-        device, n = self.request.input_ids.device, self._n
-        left = self._start + self.request.max_new_tokens - n
+        left = self._start + self.request.max_new_tokens - self._n
         wanted = np.minimum(left - 1, self.count.next()) * ~self._ended  # one is the model's own
+        with self.model.choice.settled(self.model, mtp=bool(wanted.any())):
+            return self._step(wanted)
+
+    def _step(self, wanted: np.ndarray) -> Round:
+        device, n = self.request.input_ids.device, self._n
         drafts = self._draft(torch.from_numpy(wanted))
-        newest = torch.from_numpy(self._text[self._rows, n - 1][:, None]).to(device)
-        reads = (drafts.sizes.numpy() + 1) * ~self._ended
-        out = self.model(
-            torch.cat([newest, drafts.tokens], 1), cache=self.cache,
-            lengths=unless_full(reads, drafts.tokens.shape[1] + 1),
-        )  # fmt: skip
+        reads = torch.from_numpy(self._text[self._rows, n - 1][:, None]).to(device)
+        if drafts.tokens.shape[1]:
+            reads = torch.cat([reads, drafts.tokens], 1)
+        valid = (drafts.sizes.numpy() + 1) * ~self._ended
+        out = self.model(reads, cache=self.cache, lengths=unless_full(valid, reads.shape[1]))
         accepted, token = self.verifier(
             drafts.tokens, drafts.q, out.logits, drafts.sizes.to(device), self.request.sampler
         )
