@@ -24,6 +24,7 @@ from ..linear import Linear
 from .weight_copies import Array, WeightReader
 
 ROW_BY_ROW = 4  # tokens: for more, one matrix product is quicker than dot products of each
+ASLEEP = 2**24  # multiplications, up to which other threads are not woken
 ONE_THREAD = 2**18  # multiplications, up to which NumPy's BLAS (OpenBLAS) makes a matrix product in one thread
 
 
@@ -32,7 +33,8 @@ def matmul(a: Array, b: Array, out: Array) -> Array:
 
     OpenBLAS wakes threads of its own for a larger product, and waits for each of them: with other programs on the
     machine, which hold such a thread up, a prompt of 16 tokens was seen to take three seconds. torch's threads are
-    those that ``torch.set_num_threads`` allows, and they sleep as they wait.
+    those that ``torch.set_num_threads`` allows, and they sleep as they wait (``openmp``): to wake them costs more than
+    they save of a product that is not large, so such a one is torch's too, but in one thread.
 
     Args:
         a: [..., N, I].
@@ -41,7 +43,15 @@ def matmul(a: Array, b: Array, out: Array) -> Array:
     """
     if a.shape[-2] * a.shape[-1] * b.shape[-1] <= ONE_THREAD:
         return np.matmul(a, b, out)
-    torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    threads = torch.get_num_threads()
+    alone = threads > 1 and out.size * a.shape[-1] <= ASLEEP
+    if alone:
+        torch.set_num_threads(1)  # of the calling thread; takes a tenth of a microsecond
+    try:
+        torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
     return out
 
 
