@@ -1,11 +1,13 @@
 """Absorbed attention in pieces of any size, in NumPy, against one softmax."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3lib.backends import few_attention
+from dsv3lib.backends.token_weights import matmul
 from dsv3lib.layers.scaled_attention import causal_mask
 
 
@@ -40,3 +42,20 @@ def test_the_mask_is_the_causal_one(total, data) -> None:
     for head in range(2):
         assert torch.equal(torch.from_numpy(scores[:, head]) == 0, seen)
     assert set(scores.flatten().tolist()) <= {0.0, -np.inf}
+
+
+@given(rows=st.integers(5, 90), inner=st.integers(60, 90), outer=st.integers(60, 90), threads=st.integers(1, 3))
+def test_a_product_is_the_same_in_any_threads_and_leaves_their_number_as_it_was(rows, inner, outer, threads) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(rows, inner, dtype=torch.float64, generator=generator).numpy()
+    b = torch.randn(inner, outer, dtype=torch.float64, generator=generator).numpy()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = matmul(a, b, np.empty((rows, outer)))
+        with pytest.raises((RuntimeError, ValueError)):
+            matmul(a, b[1:], np.empty((rows, outer)))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, np.einsum("ri,io->ro", a, b), rtol=0, atol=1e-11)
