@@ -30,6 +30,7 @@ from ..linear import autocast_on
 from .chosen import Chosen
 from .cpu import Cpu
 from .engine import Engine, is_few_tokens
+from .few_blocks import FewBlocks
 from .few_tokens import FewLink, FewTokens
 from .survey import Snapshot, Survey
 from .triton import Triton
@@ -74,6 +75,7 @@ class Choice:
     def __init__(self) -> None:
         self._survey: Survey | None = None
         self._settled = False
+        self._taken: dict[nn.Module | None, FewBlocks | None] = {}  # engines, while it is settled
         self._backends: dict[type[Chosen], Chosen] = {}
 
     def __reduce__(self) -> tuple:
@@ -109,6 +111,8 @@ class Choice:
             yield
         finally:
             self._settled = before
+            if not before:
+                self._taken.clear()
 
     def backend(self, model: nn.Module, like: Tensor, mtp: bool = True) -> Chosen:
         """Who computes a call.
@@ -134,7 +138,7 @@ class Choice:
         """
         if type(step.backend) is not Cpu or not is_few_tokens(x, step):
             return None
-        return self._engines[None].take(x)
+        return self._take(None, x)
 
     def few_token_engines(self, model: nn.Module) -> dict[nn.Module, Engine]:
         """The few-token engines of the main model and of each MTP module."""
@@ -142,8 +146,14 @@ class Choice:
         return {model if module is None else module: engine for module, engine in self._engines.items()}
 
     def _link(self, module: nn.Module, x: Tensor) -> FewLink | None:
-        engine = self._engines.get(module)
-        return None if engine is None else engine.take(x)
+        return self._take(module, x) if module in self._engines else None
+
+    def _take(self, module: nn.Module | None, x: Tensor) -> FewBlocks | None:
+        if not self._settled:
+            return self._engines[module].take(x)
+        if module not in self._taken:
+            self._taken[module] = self._engines[module].take(x)
+        return self._taken[module]
 
     def _look(self, model: nn.Module) -> None:
         decoder, survey = model.model, Survey(model)

@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..layers.experts import Routing
 from .few_attention import attend_to_latents, by_head, rotated
 from .few_routing import route_rows, sort_visits
-from .token_weights import BlockWeights, MixtureWeights, MLPWeights, product
+from .token_weights import ROW_BY_ROW, BlockWeights, MixtureWeights, MLPWeights, product, row_product
 from .weight_copies import Array, WeightReader
 
 IN_PYTHON = 8  # tokens: so many roots Python takes as quickly
@@ -49,7 +49,7 @@ class FewBlocks:
         if isinstance(w.ffn, MLPWeights):
             return x + swiglu(w.ffn, h), None
         y, experts, scores = self.mixture(w.ffn, h)
-        return x + y, Routing(torch.from_numpy(experts)[None], torch.from_numpy(scores)[None])
+        return x + y, Routing(torch.from_numpy(experts[None]), torch.from_numpy(scores[None]))
 
     def normalize(self, x: Array, weight: Array, factor: float = 1.0) -> Array:
         """RMSNorm of each row, times ``factor``."""
@@ -109,20 +109,52 @@ class FewBlocks:
         scores += 1
         np.reciprocal(scores, scores)
         chosen, gates = route_rows(scores, w.bias, self.config)
-        visits = sort_visits(chosen)
-        rows = h[visits.token]
-        gate_up = np.empty((len(rows), len(w.gate_up[0])), h.dtype)
-        for expert, part in visits.parts:
-            product(w.gate_up[expert], rows[part], gate_up[part])
-        width = gate_up.shape[1] // 2
-        hidden = silu(gate_up[:, :width])
-        hidden *= gate_up[:, width:]
-        hidden *= gates.reshape(-1, 1)[visits.order]
-        for expert, part in visits.parts:
-            product(w.down[expert], hidden[part], rows[part])
-        y = swiglu(w.shared, h)
-        y += rows[visits.inverse].reshape(*chosen.shape, -1).sum(1)
+        run = one_by_one if len(h) <= ROW_BY_ROW else by_expert
+        y = run(w, h, chosen, gates)
+        y += swiglu(w.shared, h)
         return y, chosen, scores
+
+
+def one_by_one(w: MixtureWeights, h: Array, chosen: Array, gates: Array) -> Array:
+    """Σ_a g_a · expert_a(h) of very few tokens, visit after visit: to sort them would take longer than it saves.
+
+    Args:
+        w: the experts' weights.
+        h: tokens, [T, D].
+        chosen: each token's experts, [T, A].
+        gates: their gate values, [T, A].
+    """
+    visits, each = chosen.ravel().tolist(), chosen.shape[1]
+    gate_up = np.empty((len(visits), len(w.gate_up[0])), h.dtype)
+    for i, expert in enumerate(visits):
+        row_product(w.gate_up[expert], h[i // each], gate_up[i])
+    hidden = gated(gate_up, gates.reshape(-1, 1))
+    y = np.empty((len(visits), h.shape[1]), h.dtype)
+    for i, expert in enumerate(visits):
+        row_product(w.down[expert], hidden[i], y[i])
+    return y.reshape(len(h), each, -1).sum(1)
+
+
+def by_expert(w: MixtureWeights, h: Array, chosen: Array, gates: Array) -> Array:
+    """The same, where each expert meets all its tokens at once."""
+    visits = sort_visits(chosen)
+    rows = h[visits.token]
+    gate_up = np.empty((len(rows), len(w.gate_up[0])), h.dtype)
+    for expert, part in visits.parts:
+        product(w.gate_up[expert], rows[part], gate_up[part])
+    hidden = gated(gate_up, gates.reshape(-1, 1)[visits.order])
+    for expert, part in visits.parts:
+        product(w.down[expert], hidden[part], rows[part])
+    return rows[visits.inverse].reshape(*chosen.shape, -1).sum(1)
+
+
+def gated(gate_up: Array, gates: Array) -> Array:
+    """g · silu(gate) ⊙ up, of visits [V, 2F] and their gate values [V, 1]."""
+    width = gate_up.shape[1] // 2
+    hidden = silu(gate_up[:, :width])
+    hidden *= gate_up[:, width:]
+    hidden *= gates
+    return hidden
 
 
 def silu(x: Array) -> Array:

@@ -24,6 +24,13 @@ from ..linear import Linear
 from .weight_copies import Array, WeightReader
 
 ROW_BY_ROW = 4  # tokens: for more, one matrix product is quicker than dot products of each
+BLOCK_BY_BLOCK = 16  # likewise, where the first token's dot products bring a block of weights into the cache
+SMALL_WEIGHT = 2**15  # of a cache's size: one product of the tokens is quicker than dot products
+NARROW, NARROW_WEIGHT = 64, 9216  # a row's width, and values: to begin each dot product would be most of it
+BLOCK_WEIGHT = 2**17  # values at a time, which stay in a core's cache
+# OpenBLAS multiplies so few results where the operands lie, with AVX-512 alone; otherwise it copies them first.
+SMALL_RESULT = 1200
+IN_PLACE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ASLEEP = 2**24  # multiplications, up to which other threads are not woken
 ONE_THREAD = 2**18  # multiplications, up to which NumPy's BLAS (OpenBLAS) makes a matrix product in one thread
 
@@ -58,16 +65,54 @@ def matmul(a: Array, b: Array, out: Array) -> Array:
 def product(weight: Array, x: Array, out: Array | None = None) -> Array:
     """x Wᵀ, the weights read once.
 
+    A small weight lies in a cache, and takes one product. A larger one comes from memory, at its full pace only in dot
+    products row after row: for one or two tokens that is all; for more, the first token's bring a block into the cache,
+    where the others meet it in one product.
+
     Args:
         weight: W, [O, I].
         x: tokens, [T, I].
         out: where to, [T, O]; by default a new array.
     """
+    n_new = len(x)
     if out is None:
-        out = np.empty((len(x), len(weight)), x.dtype)
-    if len(x) > ROW_BY_ROW:
+        out = np.empty((n_new, len(weight)), x.dtype)
+    if n_new == 1:
+        row_product(weight, x[0], out[0])
+        return out
+    if weight.size <= SMALL_WEIGHT and n_new * weight.size <= ONE_THREAD and n_new <= BLOCK_BY_BLOCK:
+        return np.dot(x, weight.T, out)
+    if 2 < n_new <= BLOCK_BY_BLOCK and IN_PLACE:
+        return _by_block(weight, x, out)
+    if n_new > ROW_BY_ROW:
         return matmul(x, weight.T, out)
-    np.vecdot(weight[:, None], x, out.T)  # matrix-vector products would wake threads
+    np.vecdot(weight[:, None], x, out.T)
+    return out
+
+
+def row_product(weight: Array, x: Array, out: Array) -> Array:
+    """W x of a single token.
+
+    Args:
+        weight: W, [O, I].
+        x: the token, [I].
+        out: where to, [O].
+    """
+    if weight.shape[1] <= NARROW and weight.size <= NARROW_WEIGHT:
+        return np.dot(weight, x, out)
+    return np.vecdot(weight, x, out)  # a matrix-vector product would wake threads
+
+
+def _by_block(weight: Array, x: Array, out: Array) -> Array:
+    """As ``product``, several rows of the weight after the other; the tokens behind the first meet them in a cache."""
+    first, further = x[0], x[1:]
+    each = min(BLOCK_WEIGHT, ONE_THREAD // len(further)) // weight.shape[1]
+    each = max(1, min(each, SMALL_RESULT // len(further)))
+    for start in range(0, len(weight), each):
+        rows = slice(start, start + each)
+        block = weight[rows]
+        np.vecdot(block, first, out[0, rows])
+        np.matmul(further, block.T, out[1:, rows])
     return out
 
 

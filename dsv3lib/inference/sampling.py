@@ -68,18 +68,20 @@ class Sampler:
     def draw(
         self, p: Float[Tensor, "*B vocab"], wanted: Bool[Tensor, " rows"] | None = None
     ) -> Int[Tensor, "*B"]:
-        """A token from each row's distribution.
+        """A token from each row's distribution, by inversion: the first whose cumulated share exceeds a uniform number.
+
+        It takes one number a token, where ``torch.multinomial`` takes as many as the vocabulary has: on a CPU, and a
+        small model, that was as long as a layer. Sums are FP64's, so that a long tail keeps its share.
 
         Args:
-            p: the first dimension is the rows'.
+            p: the first dimension is the rows'. It need not sum to 1.
             wanted: on the CPU; a row that wants none uses up none of its own generator's numbers, and gets token 0.
         """
         if self.generators is None:
-            return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=self.generator).view(p.shape[:-1])
+            return _invert(p, self.generator)
         tokens = torch.zeros(p.shape[:-1], dtype=torch.int64, device=p.device)
         for b in self._rows(wanted):
-            flat = p[b].reshape(-1, p.shape[-1])
-            tokens[b] = torch.multinomial(flat, 1, generator=self.generators[b]).view(p.shape[1:-1])
+            tokens[b] = _invert(p[b], self.generators[b])
         return tokens
 
     def uniform(self, sizes: Int[Tensor, " B"], most: int) -> Float[Tensor, "B most"]:
@@ -94,6 +96,14 @@ class Sampler:
     def _rows(self, wanted: Tensor | None) -> list[int]:
         assert self.generators is not None
         return list(range(len(self.generators))) if wanted is None else wanted.nonzero()[:, 0].tolist()
+
+
+def _invert(p: Float[Tensor, "*B vocab"], generator: torch.Generator | None) -> Int[Tensor, "*B"]:
+    """Tokens drawn from p, by inversion of its cumulated sum."""
+    total = p.cumsum(-1, dtype=torch.float64)
+    # Below 1 by 2^-53 at least, so that in FP64 the product stays below the whole sum: the token has p > 0.
+    at = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=torch.float64, device=p.device) * total[..., -1:]
+    return torch.searchsorted(total, at, right=True)[..., 0]
 
 
 def probabilities(

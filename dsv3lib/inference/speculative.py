@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from ..layers.cache import LatentCache
@@ -57,30 +57,35 @@ def verify(
     """
     if drafts.shape[1] == 0:
         return Verdict(torch.zeros_like(sizes), sampler.choose(logits[:, 0]))
-    rows = torch.arange(len(drafts), device=drafts.device)
-    sizes = sizes.minimum(leading(drafts >= 0))
-    present = torch.arange(drafts.shape[1], device=drafts.device) < sizes[:, None]
+    rows, places, guesses = np.arange(len(drafts)), np.arange(drafts.shape[1]), drafts.cpu().numpy()
+    sizes = leading((places < sizes.cpu().numpy()[:, None]) & (guesses >= 0))
+    present = places < sizes[:, None]
     if q is None:
-        said = logits.argmax(-1)
-        accepted = leading(present & (said[:, :-1] == drafts))
-        return Verdict(accepted, said[rows, accepted])
+        said = logits.argmax(-1).cpu().numpy()
+        accepted = leading(present & (said[:, :-1] == guesses))
+        token = torch.from_numpy(said[rows, accepted])
+        return Verdict(torch.from_numpy(accepted).to(drafts.device), token.to(drafts.device))
     p = sampler.probabilities(logits)
     named = drafts.clamp(min=0)[..., None]
-    p_draft, q_draft = (x.gather(-1, named).squeeze(-1) for x in (p[:, :-1], q))
-    stands = sampler.uniform(sizes, drafts.shape[1]) * q_draft < p_draft
-    accepted = leading(present & stands)
-    p_next = p[rows, accepted]
-    q_next = q[rows, accepted.clamp(max=drafts.shape[1] - 1)]
-    q_next = q_next.masked_fill((accepted == sizes)[:, None], 0.0)  # none fell: nothing to make up for
-    rest = (p_next - q_next).clamp(min=0.0)
-    # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
-    return Verdict(accepted, sampler.draw(rest))
+    p_draft, q_draft = (x.gather(-1, named)[..., 0].cpu().numpy() for x in (p[:, :-1], q))
+    uniform = sampler.uniform(torch.from_numpy(sizes).to(drafts.device), drafts.shape[1]).cpu().numpy()
+    accepted = leading(present & (uniform * q_draft < p_draft))
+    fell = accepted < sizes
+    stood = torch.from_numpy(accepted).to(drafts.device)
+    p_next = rest = p[torch.from_numpy(rows), stood]
+    if fell.any():
+        q_next = q[torch.from_numpy(rows), stood.clamp(max=drafts.shape[1] - 1)]
+        if not fell.all():  # none fell: nothing to make up for
+            q_next = q_next.masked_fill(torch.from_numpy(~fell).to(drafts.device)[:, None], 0.0)
+        rest = (p_next - q_next).clamp_(min=0.0)
+        # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
+    return Verdict(stood, sampler.draw(rest))
 
 
-def leading(true: Tensor) -> Int[Tensor, " B"]:
+def leading(true: Bool[np.ndarray, "B m"]) -> Int64[np.ndarray, " B"]:
     """How many of each row are true before the first that is not."""
-    return true.long().cumprod(-1).sum(-1)
+    return np.logical_and.accumulate(true, 1).sum(1, dtype=np.int64)
 
 
 Verifier = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sampler], Verdict]

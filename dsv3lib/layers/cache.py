@@ -239,15 +239,17 @@ class LatentCache:
         Raises:
             CacheError: a length is negative or more than the row holds.
         """
-        wanted = torch.as_tensor(length, dtype=torch.int64).cpu().expand(self.lengths.shape)
-        if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
+        held = self.lengths.numpy()
+        wanted = np.broadcast_to(torch.as_tensor(length, dtype=torch.int64).cpu().numpy(), held.shape)
+        if (wanted < 0).any() or (wanted > held).any():
             raise CacheError(f"cannot crop to {length}: rows hold {self.lengths.tolist()} tokens")
-        self._set_lengths(wanted.clone())
+        self._set_lengths(torch.from_numpy(wanted.copy()))
 
     def _set_lengths(self, lengths: Int[Tensor, " B"]) -> None:
         self.lengths = lengths
-        self._length = int(lengths.max()) if lengths.numel() else 0
-        self._ragged = bool((lengths != self._length).any())
+        numbers = lengths.numpy()  # as quick for few rows as one of torch's operations alone
+        self._length = int(numbers.max()) if numbers.size else 0
+        self._ragged = bool((numbers != self._length).any())
 
     def _grow(self, layer: int, like: Tensor, needed: int) -> Tensor:
         old = self._buffers[layer]

@@ -137,7 +137,7 @@ def chi_square_z(counts, p):
 def test_samples_follow_their_distribution(temperature, top_p):
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
     sampler = Sampler(temperature, top_p, torch.Generator().manual_seed(4))
-    counts = torch.bincount(sampler.choose(logits.expand(20_000, VOCAB)), minlength=VOCAB).double()
+    counts = torch.bincount(sampler.choose(logits.expand(60_000, VOCAB)), minlength=VOCAB).double()
     p = sampler.probabilities(logits).double()
     assert abs(chi_square_z(counts, p)) < 4
     other = probabilities(logits, temperature * 1.1, min(1.0, top_p)).double()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...layers.cache import LatentCache
+from ...layers.step import Step
 from ..sampling import Sampler
 from . import Drafts
 from .windows import take, unless_full
@@ -113,7 +114,7 @@ class ChainDrafting:
         for module in self.modules:  # all of them, even for fewer drafts: their latents are wanted later
             hidden, _ = module.advance(hidden, self.model.model.embed_tokens(tokens), step)
             newest = hidden[:, -1] if lengths is None else hidden[torch.arange(len(n)), last]
-            self._pick(newest, sizes, drafts, q)
+            self._pick(self._logits(newest, step), sizes, drafts, q)
             tokens = _further(tokens, drafts[-1], None if lengths is None else last)
         self.cache.advance(width, lengths)
         for k in range(len(drafts), m):
@@ -123,15 +124,18 @@ class ChainDrafting:
             step = self.model.begin(tokens, self.cache, lengths)
             hidden, _ = module.advance(newest[:, None], self.model.model.embed_tokens(tokens), step)
             newest = hidden[:, 0]
-            self._pick(newest, sizes, drafts, q)
+            self._pick(self._logits(newest, step), sizes, drafts, q)
             self.cache.advance(1, lengths)
         self._drafted = True
         return Drafts(torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None, sizes)
 
+    def _logits(self, hidden: Float[Tensor, "B D"], step: Step) -> Float[Tensor, "B vocab"]:
+        engine = self.model.choice.few_tokens(hidden[:, None], step)
+        return self.model.lm_head(hidden) if engine is None else engine.head(hidden[:, None])[:, 0]
+
     def _pick(
-        self, hidden: Float[Tensor, "B D"], sizes: Int[Tensor, " B"], drafts: list[Tensor], q: list[Tensor]
+        self, logits: Float[Tensor, "B vocab"], sizes: Int[Tensor, " B"], drafts: list[Tensor], q: list[Tensor]
     ) -> None:
-        logits = self.model.lm_head(hidden)
         if self.sampler.greedy:
             drafts.append(logits.argmax(-1))
         else:

@@ -191,6 +191,7 @@ def in_threads(world: int, work: Any) -> list[Any]:
     failed: list[BaseException] = []
 
     def one(rank: int) -> None:
+        torch.set_num_threads(1)  # of this thread, as in the processes: a product cut in two sums in another order
         try:
             results[rank] = work(ThreadLinks(board, rank))
         except BaseException as error:
