@@ -9,12 +9,14 @@ Each block of rows meets the columns up to its own end, so that a little over ha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..autograd import once_differentiable
+from .side_by_side import side_by_side
 
 GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
@@ -52,18 +54,22 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        out, kept = torch.empty_like(v), []
-        above = above_diagonal(BLOCK, q)
-        for q_g, k_g, v_g, out_g in groups(q, k, v, out):
+        out, above, at_once = torch.empty_like(v), above_diagonal(BLOCK, q), heads_at_once(len(q))
+
+        def one(q_g, k_g, v_g, out_g, of_group):
             q_g, k_t = q_g * scale, k_g.transpose(1, 2)
             for start, end in blocks(q.shape[1]):
                 scores = torch.bmm(q_g[:, start:end], k_t[..., :end])
                 scores[..., start:] += above[: end - start, : end - start]
                 p = torch.softmax(scores, -1, out=scores)
                 out_g[:, start:end] = torch.bmm(p, v_g[:, :end])
-                kept.append(p)
+                of_group.append(p)
+
+        each = [(*parts, []) for parts in groups(at_once, q, k, v, out)]
+        side_by_side((partial(one, *parts) for parts in each), q.numel() * q.shape[1])
+        kept = [p for *_, of_group in each for p in of_group]
         ctx.save_for_backward(q, k, v, *kept)  # q as it came, not scaled: it may be made again instead of kept
-        ctx.scale = scale
+        ctx.scale, ctx.at_once = scale, at_once
         return out
 
     @staticmethod
@@ -72,8 +78,9 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         cut = blocks(q.shape[1])
-        each = zip(groups(q, k, v, grad, grad_q, grad_k, grad_v), batched(kept, len(cut)), strict=True)
-        for (q_g, k_g, v_g, to_out, to_q, to_k, to_v), probabilities in each:
+        each = zip(groups(ctx.at_once, q, k, v, grad, grad_q, grad_k, grad_v), batched(kept, len(cut)), strict=True)
+
+        def one(q_g, k_g, v_g, to_out, to_q, to_k, to_v, probabilities):
             v_t = v_g.transpose(1, 2)
             # From the last block, which meets every column and so writes where the others add.
             for (start, end), p in zip(reversed(cut), reversed(probabilities), strict=True):
@@ -87,6 +94,8 @@ class _CausalAttention(torch.autograd.Function):
                     to_v[:, :end] += torch.bmm(p.transpose(1, 2), g)
                     to_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q_b)
                 to_q[:, start:end] = torch.bmm(grad_s, k_g[:, :end])
+
+        side_by_side((partial(one, *parts, p) for parts, p in each), 2 * q.numel() * q.shape[1])
         return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v, None
 
 
@@ -95,9 +104,16 @@ def batched(items: list[Tensor], n: int) -> list[list[Tensor]]:
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
-def groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def heads_at_once(n: int) -> int:
+    """How many of n sequences make a group: at most ``GROUP``, and as many groups for each thread."""
+    threads = torch.get_num_threads()
+    count = -(-n // (GROUP * threads)) * threads
+    return max(1, -(-n // count))
+
+
+def groups(each: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few heads of every tensor at a time."""
-    return zip(*(x.split(GROUP) for x in tensors), strict=True)
+    return zip(*(x.split(each) for x in tensors), strict=True)
 
 
 def blocks(n_tokens: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..autograd import once_differentiable
 from ..layers.experts import Visits
 from ..linear import WeightGradients
+from .side_by_side import side_by_side
 
 
 def experts_one_by_one(
@@ -59,11 +60,13 @@ class _OneByOne(torch.autograd.Function):
         gate_up = x.new_empty(token.numel(), w_in.shape[1])
         y = x.new_empty(token.numel(), x.shape[1])
         sorted_rows = token, g, gate_up, *gate_up.chunk(2, -1), y
-        for rows, g_e, both, gate, up, answer, into, back in _each(
-            sizes, sorted_rows, (w_in.transpose(1, 2), w_out.transpose(1, 2))
-        ):
+
+        def one(rows, g_e, both, gate, up, answer, into, back):
             torch.mm(x.index_select(0, rows), into, out=both)
             torch.mm(F.silu(gate).mul_(up).mul_(g_e), back, out=answer)
+
+        each = _each(sizes, sorted_rows, (w_in.transpose(1, 2), w_out.transpose(1, 2)))
+        side_by_side((partial(one, *parts) for parts in each), gate_up.numel() * x.shape[1])
         ctx.save_for_backward(x, g, w_in, w_out, gate_up, token, inverse)
         ctx.sizes, ctx.later = sizes, later
         ctx.leaves = None if later is None else (w_in, w_out)
@@ -78,26 +81,30 @@ class _OneByOne(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:4]
         products: list[Callable[[], Tensor]] = []
         sorted_rows = token, g, *gate_up.chunk(2, -1), grad_g, grad_rows
-        for rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out in _each(
-            ctx.sizes, sorted_rows, (w_in, w_out, *of_weights)
-        ):
+
+        def one(rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out):
+            own: list[Callable[[], Tensor]] = []
             open_gate = F.silu(gate)
             hidden = open_gate * up
             answer = grad.index_select(0, rows)  # the answers' gradient
             grad_hidden = torch.mm(answer, back)
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
             if wanted[1]:
-                products.append(partial(torch.mm, answer.t(), hidden.mul_(g_e), out=to_out))
+                own.append(partial(torch.mm, answer.t(), hidden.mul_(g_e), out=to_out))
             grad_hidden.mul_(g_e)
             grad_both = x.new_empty(rows.numel(), gate_up.shape[1])
             to_gate, to_up = grad_both.chunk(2, -1)
             torch.mul(grad_hidden, open_gate, out=to_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
             if wanted[0]:
-                products.append(partial(torch.mm, grad_both.t(), x.index_select(0, rows), out=to_in))
+                own.append(partial(torch.mm, grad_both.t(), x.index_select(0, rows), out=to_in))
             torch.mm(grad_both, into, out=to_x)
             if ctx.later is None:
-                _run(products)  # while the expert's rows are in the cache
+                _run(own)  # while the expert's rows are in the cache
+            products.extend(own)
+
+        each = _each(ctx.sizes, sorted_rows, (w_in, w_out, *of_weights))
+        side_by_side((partial(one, *parts) for parts in each), 2 * gate_up.numel() * x.shape[1])
         if ctx.later is not None:
             for leaf, made in zip(ctx.leaves, of_weights, strict=True):
                 if leaf.requires_grad:

@@ -4,7 +4,8 @@ A round with m drafts yields 1 + a₁ + a₁a₂ + … + a₁…a_m tokens, a_k 
 before it did, and takes t_m seconds. The best m has the most tokens a second, and m = 0 is plain decoding: where
 drafts do not pay, none are made. Both sides of the quotient are learned from the rounds themselves, since they move:
 a pass over m + 1 tokens costs more where attention is bound by arithmetic, acceptance falls and rises with the text.
-So what is not the best is tried again now and then, and the time that trials lose stays below a stated share of all.
+So what is not the best is tried again now and then, and the time that trials lose stays below a stated share of all;
+where few drafts lose so clearly that more could not win, more are not tried.
 What one text taught, the next one of the same model begins with: over few tokens the first trials would weigh.
 """
 
@@ -108,18 +109,26 @@ class AdaptiveCount:
         return self._now
 
     def _choose(self) -> None:
-        unknown = next((m for m, seconds in enumerate(self._seconds) if not seconds), None)
         best = self.best()
         self._now, self._left = best, 1
-        if unknown is not None:
+        unknown = next((m for m, seconds in enumerate(self._seconds) if not seconds), None)
+        if unknown is not None and not self._cannot_pay(unknown):
             self._now, self._left = unknown, _FIRST_TRIAL
         else:
             for m in range(self.most + 1):
                 patience = self._spent - self._tried[m]
-                if m != best and patience * self._loses / self.most >= self._lost[m]:
+                if m != best and self._seconds[m] and patience * self._loses / self.most >= self._lost[m]:
                     self._now, self._left = m, _TRIAL
                     break
         self._trial = (0.0, 0.0)
+
+    def _cannot_pay(self, m: int) -> bool:
+        """Whether m drafts, which nobody has tried, would lose though the last one cost half of that before it."""
+        if m < 2:
+            return False
+        before, last = self.seconds(m - 2), self.seconds(m - 1)
+        rate = tokens_of_a_round(self.acceptance()[:m]) / max(last + (last - before) / 2, _TICK)
+        return rate < self.tokens_a_second(self.best())
 
     def saw(self, round_: Round) -> None:
         """Count the round: its time, its tokens, and what became of its drafts."""

@@ -155,7 +155,8 @@ class Speculation:
         self._drafter = drafter_of(drafter)
         usual = self._drafter.drafts_a_round(model)
         known = draft_tokens is None or isinstance(draft_tokens, int | str)
-        run = (type(self._drafter), len(request.lengths), request.sampler.greedy)
+        longest = int(request.lengths.max()).bit_length()  # costs and acceptance hang on the context
+        run = (type(self._drafter), len(request.lengths), request.sampler.greedy, longest)
         self.count = count_of(draft_tokens, usual, model, run) if known else draft_tokens
         self.cache = LatentCache(model.config, capacity=request.reserve)
         ids = request.input_ids.cpu()

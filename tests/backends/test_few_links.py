@@ -117,6 +117,27 @@ def norm_of_ones_own(m: nn.Module) -> None:
     m.hnorm = Halved(SIZE.hidden_size, SIZE.rms_norm_eps).double()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_drafts_is_the_models_own(dtype) -> None:
+    """Drafts come out of the engine's head, and out of the module where somebody touched it."""
+    model, calls = build(SIZE, 0, dtype), []
+    with torch.inference_mode():
+        hidden = torch.randn(1, 1, SIZE.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        step = model.begin(tokens(SIZE, 1, 1), LatentCache(SIZE, mtp=True))
+        engine = model.choice.few_tokens(hidden, step)
+        found, expected = engine.head(hidden), model.lm_head(hidden)
+        assert found.dtype == expected.dtype == dtype and found.shape == expected.shape
+        bound = 1e-5 if dtype == torch.float32 else 2**-7 * float(expected.abs().max())
+        assert float((found - expected).abs().max()) <= bound
+    for touched in (False, True):
+        if touched:
+            model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        head = few_tokens.FewTokens.head
+        with mock.patch.object(few_tokens.FewTokens, "head", autospec=True, side_effect=head) as taken:
+            list(speculate(model, Request.of(model, tokens(SIZE, 1, 4), 6, stop_tokens=()), 1))
+        assert bool(taken.call_count) is not touched and bool(calls) is touched
+
+
 TOUCHES = {
     **{f"hook at {name or 'the module'}": hook(name) for name in
        ("", "enorm", "hnorm", "eh_proj", "shared_head.norm", "self_attn.o_proj", "self_attn.kv_a_layernorm",

@@ -205,33 +205,71 @@ def test_takes_prompt_and_tokens(dtype, taken, monkeypatch) -> None:
     assert found == taken
 
 
+LIMITS = {"ONE_THREAD": [0, 200, 2**18], "SMALL_WEIGHT": [0, 2**15], "NARROW": [0, 64], "BLOCK_WEIGHT": [1, 20, 2**17],
+          "SMALL_RESULT": [1, 12, 1200], "IN_PLACE": [False, True]}  # fmt: skip
+
+
 @given(
-    n=st.integers(1, 12), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=SEEDS, wide=st.booleans(),
-    limit=st.sampled_from([0, 200, 2**18]),
+    n=st.integers(1, 19), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=SEEDS, wide=st.booleans(),
+    limits=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in LIMITS.items()}),
 )  # fmt: skip
-def test_products_are_the_same_whoever_makes_them(n, shape, seed, wide, limit) -> None:
+def test_products_are_the_same_whoever_makes_them(n, shape, seed, wide, limits) -> None:
     generator = np.random.default_rng(seed)
     weight, x = generator.standard_normal(shape), generator.standard_normal((n, 2 * shape[1]))
     x = x[:, : shape[1]] if wide else np.ascontiguousarray(x[:, : shape[1]])
     out = np.full((n, shape[0]), np.nan)
-    with mock.patch.object(token_weights, "ONE_THREAD", limit):
+    with mock.patch.multiple(token_weights, **limits):
         np.testing.assert_allclose(token_weights.product(weight, x), x @ weight.T, atol=1e-12)
         assert token_weights.product(weight, x, out) is out
     np.testing.assert_allclose(out, x @ weight.T, atol=1e-12)
 
 
+@given(
+    n=st.integers(1, 5), experts=st.integers(2, 6), sizes=st.tuples(st.integers(1, 9), st.integers(1, 7)), seed=SEEDS
+)
+def test_experts_give_the_same_visit_after_visit_as_each_with_all_its_tokens(n, experts, sizes, seed) -> None:
+    generator, (width, inner) = np.random.default_rng(seed), sizes
+    normal = generator.standard_normal
+    weights = token_weights.MixtureWeights(
+        gate=normal((experts, width)), bias=normal(experts),
+        shared=token_weights.MLPWeights(*normal((3, inner, width))),
+        gate_up=list(normal((experts, 2 * inner, width))), down=list(normal((experts, width, inner))),
+    )  # fmt: skip
+    chosen = np.array([generator.permutation(experts)[:2] for _ in range(n)])
+    h, gates = normal((n, width)), normal((n, 2))
+    found = few_blocks.one_by_one(weights, h, chosen, gates)
+    np.testing.assert_allclose(found, few_blocks.by_expert(weights, h, chosen, gates), atol=1e-12)
+    expected = np.zeros_like(h)
+    for t, a in np.ndindex(n, 2):
+        gate, up = np.split(weights.gate_up[chosen[t, a]] @ h[t], 2)
+        expected[t] += gates[t, a] * weights.down[chosen[t, a]] @ (gate / (1 + np.exp(-gate)) * up)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_no_product_wakes_threads_of_numpy() -> None:
     """On a busy machine OpenBLAS's threads hold a pass up for seconds; torch's are the user's to choose."""
     model = build(ModelConfig.preset("tiny"), 0)
-    sizes, matmul = [], np.matmul
+    sizes, of_rows = [], []
 
-    def counted(a: np.ndarray, b: np.ndarray, *out: np.ndarray) -> np.ndarray:
-        sizes.append(a.shape[-2] * a.shape[-1] * b.shape[-1])
-        return matmul(a, b, *out)
+    def counted(product):
+        def made(a: np.ndarray, b: np.ndarray, *out: np.ndarray) -> np.ndarray:
+            if b.ndim == 1:
+                of_rows.append(a.size)
+            else:
+                sizes.append(a.shape[-2] * a.shape[-1] * b.shape[-1])
+            return product(a, b, *out)
 
-    with mock.patch.object(np, "matmul", counted):
-        read(model, torch.randint(model.config.vocab_size, (1, 97)), [64, 1, 32], LatentCache(model.config))
+        return made
+
+    pieces = [64, 1, 2, 32, 1, 3, 4, 5, 16]
+    with mock.patch.object(np, "matmul", counted(np.matmul)), mock.patch.object(np, "dot", counted(np.dot)):
+        for in_place in (False, True):
+            ids = torch.randint(model.config.vocab_size, (1, sum(pieces)))
+            with mock.patch.object(token_weights, "IN_PLACE", in_place):
+                read(model, ids, pieces, LatentCache(model.config))
+            assert token_weights.row_product(np.ones((144, 64)), np.ones(64), np.empty(144))[0] == 64
     assert sizes and max(sizes) <= token_weights.ONE_THREAD == 2**18
+    assert of_rows and max(of_rows) <= 9216  # from where on OpenBLAS makes a matrix-vector product in several threads
 
 
 def one_more(model: DeepSeekV3, ids: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,7 @@ def test_what_is_done_between_two_rounds_counts_from_the_next_on() -> None:
         request = Request.of(model, tokens(SIZE, 1, 4), 9, stop_tokens=())
         rounds = speculate(model, request, 1)
         text = [*tokens(SIZE, 1, 4)[0].tolist(), *next(rounds).tokens[0], *next(rounds).tokens[0]]
+        model.lm_head.weight.data = model.lm_head.weight.data.flip(0)  # at another address: the engine is made anew
         with model.choice.settled(model):
             patch(model, "model.norm")
             assert not model.choice.survey(model).touched

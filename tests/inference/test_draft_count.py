@@ -81,7 +81,9 @@ def test_most_rounds_have_the_best_number(seconds, stands, best):
     world = World(seconds, stands)
     assert world.best == best
     world.run(AdaptiveCount(2, clock=world.clock), 1000)
-    assert world.chosen.count(best) > 900 and set(world.chosen) == {0, 1, 2}
+    assert world.chosen.count(best) > 900
+    # Where one draft costs a whole pass, two are never tried.
+    assert set(world.chosen) == ({0, 1} if seconds[1] == 2.0 else {0, 1, 2})
 
 
 def test_it_notices_when_drafts_begin_to_pay_and_when_they_stop():
@@ -102,7 +104,7 @@ def test_trials_lose_no_more_than_their_share():
     world = World([1.0, 3.0, 5.0], [0.0, 0.0])
     world.run(AdaptiveCount(2, clock=world.clock), 3000)
     lost = world.time - world.tokens * world.seconds[0]
-    start = 4 * (2.0 + 4.0)  # each number is tried once, whatever it costs
+    start = 4 * 2.0  # one draft is tried, whatever it costs; two could not win then
     assert 0 < lost - start <= LOSES_AT_MOST * world.time
 
 

@@ -145,6 +145,28 @@ def test_samples_follow_their_distribution(temperature, top_p):
     assert chi_square_z(counts, moved / moved.sum()) > 6, "the test would not see a wrong temperature"
 
 
+@given(vocab=st.integers(1, 3000), rows=st.integers(1, 4), cut=st.floats(0, 0.99), scale=st.floats(0.01, 9), seed=SEEDS)
+def test_a_draw_is_the_inverse_of_the_cumulated_sum(vocab, rows, cut, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = scale * torch.rand(rows, vocab, generator=generator).masked_fill(
+        torch.rand(rows, vocab, generator=generator) < cut, 0.0
+    )
+    p[:, -1] += 0.5 * (p.sum(-1) == 0)
+    tokens = Sampler(1.0, generator=torch.Generator().manual_seed(seed)).draw(p)
+    uniform = torch.rand(rows, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for row, token, u in zip(p.double().numpy(), tokens.tolist(), uniform.tolist(), strict=True):
+        total = np.cumsum(row)
+        assert token == np.searchsorted(total, u[0] * total[-1], side="right") and row[token] > 0
+
+
+def test_a_long_tail_keeps_its_share():
+    """Half of all probability on one token, half on a hundred thousand: sums in FP32 would lose of the tail."""
+    p = torch.cat([torch.tensor([0.5]), torch.full((100_000,), 5e-6)])
+    tokens = Sampler(1.0, generator=torch.Generator().manual_seed(0)).draw(p.expand(400, -1))
+    tail = int((tokens > 0).sum())
+    assert abs(tail - 200) < 4 * 10 and len(tokens[tokens > 0].unique()) > 0.97 * tail
+
+
 def test_generated_tokens_follow_the_models_distribution():
     """The first two tokens of many rows, against the joint distribution computed from the logits."""
     model = small_model(vocab=6, spread=0.15, bos_token_id=None, eos_token_id=None, pad_token_id=None)

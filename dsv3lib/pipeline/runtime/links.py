@@ -190,8 +190,12 @@ def in_threads(world: int, work: Any) -> list[Any]:
     board, results = Board(world), [None] * world
     failed: list[BaseException] = []
 
+    n_threads = torch.get_num_threads()
+
     def one(rank: int) -> None:
-        torch.set_num_threads(1)  # of this thread, as in the processes: a product cut in two sums in another order
+        # As in the processes: a product that is cut in two sums in another order. A new thread first takes the others'.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             results[rank] = work(ThreadLinks(board, rank))
         except BaseException as error:
@@ -202,6 +206,7 @@ def in_threads(world: int, work: Any) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(n_threads)
     if failed:
         raise failed[0]
     return results
