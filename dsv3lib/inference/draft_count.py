@@ -21,11 +21,12 @@ from weakref import WeakKeyDictionary
 from ..errors import InputError
 from .acceptance import Round
 
-_REMEMBERED = 5  # rounds whose median time counts
+_REMEMBERED = 5  # rounds, and trials, whose median counts
 _FORGETS = 0.97  # weight of a round after each further one
 _PRIOR = (2.4, 3.0)  # draft k before any was seen: as an MTP module is hoped to draft, and soon outweighed
-_FIRST_TRIAL = 4  # rounds of a number that nobody has tried yet
-_TRIAL = 2  # rounds; the first one also pays for what the drafter has not read yet
+_FIRST_TRIAL = 3  # rounds of a number that nobody has tried yet
+_TRIAL = 2
+_CLEARLY = 1.1  # more drafts are not tried where they would take so much longer a token
 _TICK = 1e-9  # seconds; a coarse clock may not have moved
 LOSES_AT_MOST = 0.02
 """Share of time that trials of other numbers of drafts may lose."""
@@ -83,11 +84,13 @@ class AdaptiveCount:
     ) -> None:
         self.most, self._loses, self._clock = most, loses, clock
         self._stood = [list(_PRIOR) for _ in range(most)]  # of each depth: stood, judged
-        self._seconds: list[deque[float]] = [deque(maxlen=_REMEMBERED) for _ in range(most + 1)]
+        self._ratios: list[deque[float]] = [deque(maxlen=_REMEMBERED) for _ in range(most + 1)]  # t_m / t_0
+        self._paces: deque[float] = deque(maxlen=_REMEMBERED)  # t_0, as the last rounds tell it
         self._lost = [0.0] * (most + 1)  # seconds that the last trial of m lost
         self._tried = [0.0] * (most + 1)  # when it ended, in seconds of rounds: between two of them all may rest
         self._spent = 0.0  # seconds of all rounds
-        self._now, self._left, self._trial = 0, 0, (0.0, 0.0)
+        self._now, self._left, self._on_trial = 0, 0, False
+        self._rounds: list[tuple[float, float]] = []  # of this trial, or the one round: seconds and tokens
         self._began = self._clock()
 
     def begin_with(self, earlier: AdaptiveCount) -> None:
@@ -97,7 +100,7 @@ class AdaptiveCount:
             earlier: with as many drafts at most.
         """
         self._stood = [list(of_depth) for of_depth in earlier._stood]
-        self._seconds = [seconds.copy() for seconds in earlier._seconds]
+        self._ratios, self._paces = [ratios.copy() for ratios in earlier._ratios], earlier._paces.copy()
         self._lost, self._tried = list(earlier._lost), list(earlier._tried)
         self._spent = earlier._spent
 
@@ -110,25 +113,26 @@ class AdaptiveCount:
 
     def _choose(self) -> None:
         best = self.best()
-        self._now, self._left = best, 1
-        unknown = next((m for m, seconds in enumerate(self._seconds) if not seconds), None)
+        self._now, self._left, self._on_trial, self._rounds = best, 1, False, []
+        unknown = next((m for m, ratios in enumerate(self._ratios) if not ratios), None)
         if unknown is not None and not self._cannot_pay(unknown):
-            self._now, self._left = unknown, _FIRST_TRIAL
-        else:
-            for m in range(self.most + 1):
-                patience = self._spent - self._tried[m]
-                if m != best and self._seconds[m] and patience * self._loses / self.most >= self._lost[m]:
-                    self._now, self._left = m, _TRIAL
-                    break
-        self._trial = (0.0, 0.0)
+            self._now, self._left, self._on_trial = unknown, _FIRST_TRIAL, True
+            return
+        for m in range(self.most + 1):
+            patience = self._spent - self._tried[m]
+            if m != best and self._ratios[m] and patience * self._loses / self.most >= self._lost[m]:
+                self._now, self._left, self._on_trial = m, _TRIAL, True
+                return
 
     def _cannot_pay(self, m: int) -> bool:
         """Whether m drafts, which nobody has tried, would lose though the last one cost half of that before it."""
         if m < 2:
             return False
-        before, last = self.seconds(m - 2), self.seconds(m - 1)
-        rate = tokens_of_a_round(self.acceptance()[:m]) / max(last + (last - before) / 2, _TICK)
-        return rate < self.tokens_a_second(self.best())
+        before, last = median(self._ratios[m - 2]), median(self._ratios[m - 1])
+        best = self.best()
+        ratio = median(self._ratios[best]) / tokens_of_a_round(self.acceptance()[:best])
+        expected = (last + (last - before) / 2) / tokens_of_a_round(self.acceptance()[:m])
+        return expected > _CLEARLY * ratio
 
     def saw(self, round_: Round) -> None:
         """Count the round: its time, its tokens, and what became of its drafts."""
@@ -142,25 +146,34 @@ class AdaptiveCount:
                 stood, judged = self._stood[k]
                 self._stood[k] = [stood * _FORGETS + (k < accepted), judged * _FORGETS + 1]
         self._spent += seconds
-        spent, gained = self._trial
-        self._trial = (spent + seconds, gained + sum(map(len, round_.tokens)) / rows)
+        self._rounds.append((max(seconds, _TICK), sum(map(len, round_.tokens)) / rows))
         if self._left == 0:  # a trial's last round, or one like those before
-            self._seconds[m].append(max(seconds, _TICK))
-            rate = self.tokens_a_second(self.best())
-            self._lost[m] = max(self._trial[0] - self._trial[1] / rate, 0.0)
+            self._learn(m)
+            spent, gained = map(sum, zip(*self._rounds, strict=True))
+            self._lost[m] = max(spent - gained / self.tokens_a_second(self.best()), 0.0)
             self._tried[m] = self._spent
+
+    def _learn(self, m: int) -> None:
+        """What the rounds took: of a trial, over what others take now: a shared machine is not always as quick."""
+        if not self._paces:
+            self._ratios[m].append(1.0)
+        if not self._paces or not self._on_trial:
+            self._paces.append(self._rounds[-1][0] / median(self._ratios[m]))
+        else:
+            seconds = median(seconds for seconds, _ in self._rounds[1:])  # the first makes up for what was not read yet
+            self._ratios[m].append(seconds / median(self._paces))
 
     def acceptance(self) -> list[float]:
         """a_k: of the drafts at depth k whose forerunners stood, the share that stood, newest rounds first."""
         return [stood / judged for stood, judged in self._stood]
 
     def seconds(self, m: int) -> float:
-        """t_m, the median of the last rounds with m drafts; NaN before any."""
-        return median(self._seconds[m]) if self._seconds[m] else float("nan")
+        """t_m at present; NaN before any round with m drafts."""
+        return median(self._ratios[m]) * median(self._paces) if self._ratios[m] else float("nan")
 
     def tokens_a_second(self, m: int) -> float:
         """Expected, of a row; 0 while m was never tried."""
-        return tokens_of_a_round(self.acceptance()[:m]) / self.seconds(m) if self._seconds[m] else 0.0
+        return tokens_of_a_round(self.acceptance()[:m]) / self.seconds(m) if self._ratios[m] else 0.0
 
     def best(self) -> int:
         """The number of drafts with the most tokens a second."""

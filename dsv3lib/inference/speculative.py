@@ -19,7 +19,7 @@ from torch import Tensor
 from ..layers.cache import LatentCache
 from .acceptance import Round, SpeculationStatistics
 from .draft_count import DraftCount, count_of
-from .drafters import Drafter, Drafts, drafter_of
+from .drafters import Drafter, drafter_of
 from .drafters.windows import unless_full
 from .request import Request, prefill
 from .sampling import Sampler
@@ -180,12 +180,26 @@ class Speculation:
         """Draft, verify, keep what stands."""
         left = self._start + self.request.max_new_tokens - self._n
         wanted = np.minimum(left - 1, self.count.next()) * ~self._ended  # one is the model's own
-        with self.model.choice.settled(self.model, mtp=bool(wanted.any())):
+        if not wanted.any():
+            return self._step_alone()
+        with self.model.choice.settled(self.model):
             return self._step(wanted)
+
+    def _step_alone(self) -> Round:
+        """A round without drafts: as little as plain decoding does."""
+        reads = torch.from_numpy(self._text[self._rows, self._n - 1][:, None]).to(self.request.input_ids.device)
+        lengths = torch.from_numpy((~self._ended).astype(np.int64)) if self._ended.any() else None
+        out = self.model(reads, cache=self.cache, lengths=lengths)
+        tokens = self.request.sampler.choose(out.logits[:, 0]).tolist()
+        before = self.n.clone()
+        round_ = self._gain([[] for _ in tokens], [0] * len(tokens), tokens)
+        self.drafting.confirm(before, self.n, out.hidden)
+        self.count.saw(round_)
+        return round_
 
     def _step(self, wanted: np.ndarray) -> Round:
         device, n = self.request.input_ids.device, self._n
-        drafts = self._draft(torch.from_numpy(wanted))
+        drafts = self.drafting.draft(self.text, self.n, torch.from_numpy(wanted))
         reads = torch.from_numpy(self._text[self._rows, n - 1][:, None]).to(device)
         if drafts.tokens.shape[1]:
             reads = torch.cat([reads, drafts.tokens], 1)
@@ -202,13 +216,6 @@ class Speculation:
         self.drafting.confirm(before, self.n, out.hidden)
         self.count.saw(round_)
         return round_
-
-    def _draft(self, wanted: Tensor) -> Drafts:
-        if wanted.numpy().any():
-            return self.drafting.draft(self.text, self.n, wanted)
-        vocab, ids = self.model.config.vocab_size, self.request.input_ids
-        q = None if self.request.sampler.greedy else torch.zeros(len(ids), 0, vocab, device=ids.device)
-        return Drafts(ids[:, :0], q, torch.zeros_like(wanted))
 
     def _gain(self, drafts: list[list[int]], accepted: list[int], tokens: list[int]) -> Round:
         """Write down what each row gained, up to its stop token."""

@@ -81,9 +81,7 @@ def test_most_rounds_have_the_best_number(seconds, stands, best):
     world = World(seconds, stands)
     assert world.best == best
     world.run(AdaptiveCount(2, clock=world.clock), 1000)
-    assert world.chosen.count(best) > 900
-    # Where one draft costs a whole pass, two are never tried.
-    assert set(world.chosen) == ({0, 1} if seconds[1] == 2.0 else {0, 1, 2})
+    assert world.chosen.count(best) > 900 and {0, 1} <= set(world.chosen)
 
 
 def test_it_notices_when_drafts_begin_to_pay_and_when_they_stop():
@@ -99,12 +97,29 @@ def test_it_notices_when_drafts_begin_to_pay_and_when_they_stop():
     assert world.chosen[-100:].count(0) > 80
 
 
+@pytest.mark.parametrize(("stands", "best"), [([0.1, 0.1], 0), ([0.9, 0.9], 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_machine_that_is_quick_and_slow_by_turns_misleads_nobody(stands, best, seed):
+    """Costs are compared with those of the moment: else what was tried in a quick second looks cheap in a slow one."""
+    world, draw = World([1.0, 1.4, 1.7], stands, seed), random.Random(seed)
+    count, lost = AdaptiveCount(2, clock=world.clock), 0.0
+    for _ in range(40):
+        factor = draw.uniform(1.0, 1.8)
+        world.seconds = [factor * s for s in (1.0, 1.4, 1.7)]
+        for _ in range(25):
+            world.run(count, 1)
+            m = world.chosen[-1]
+            lost += world.seconds[m] - tokens_of_a_round(stands[:m]) / world.rate(best)
+    assert world.chosen.count(best) > 600 and lost < 0.05 * world.time
+
+
 def test_trials_lose_no_more_than_their_share():
     """With costs and acceptance that never move, all that is lost is lost in trials."""
     world = World([1.0, 3.0, 5.0], [0.0, 0.0])
     world.run(AdaptiveCount(2, clock=world.clock), 3000)
+    assert 2 not in world.chosen
     lost = world.time - world.tokens * world.seconds[0]
-    start = 4 * 2.0  # one draft is tried, whatever it costs; two could not win then
+    start = 3 * 2.0  # one draft is tried, whatever it costs; two could not win then
     assert 0 < lost - start <= LOSES_AT_MOST * world.time
 
 

@@ -77,7 +77,7 @@ def test_greedy_text_is_that_of_plain_generation_whoever_drafts_and_however_many
     assert torch.equal(request.pad(rows), model.generate(ids, new, stop_tokens=stops, **given_lengths))
 
 
-@pytest.mark.parametrize("remembers", [2, 128])
+@pytest.mark.parametrize("remembers", [2, 64])
 def test_after_rounds_without_drafts_the_chain_drafts_as_if_it_had_never_paused(remembers):
     """With a memory that is long enough; a short one drafts from what it has, and the text stays right."""
     model, ids = chain_model(2, 0.15), prompts(1, 4)

@@ -40,7 +40,7 @@ class MTPChain:
             forget what was before: reading all of a long stretch would cost more than drafts are worth.
     """
 
-    remembers: int = 128
+    remembers: int = 64
 
     def drafts_a_round(self, model: DeepSeekV3) -> int:
         """One per module.
@@ -84,7 +84,7 @@ class ChainDrafting:
         hidden: Float[Tensor, "B T D"],
         draft_tokens: int,
         capacity: int,
-        remembers: int = 128,
+        remembers: int = 64,
     ) -> None:
         self.model, self.sampler, self.hidden = model, sampler, hidden
         # With fewer drafts than modules, the last modules are not needed at all.
