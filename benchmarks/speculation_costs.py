@@ -22,6 +22,7 @@ from dsv3lib.inference.speculative import Speculation
 
 MOST = 3  # drafts a round
 WIDEST = 5  # tokens of a pass
+IN_A_ROW = 8  # passes, and rounds
 
 
 class NoDrafts(FixedCount):
@@ -106,8 +107,8 @@ def _ms(seconds: float) -> float:
 def measure_costs(model: DeepSeekV3, prompt: Tensor, temperatures: Sequence[float], new: int) -> Costs:
     """Costs behind a prompt [1, context]: plain tokens, rounds of each number of drafts, passes and the head in turn.
 
-    A machine that others share is quick in one second and slow in the next: so all of them are timed once before any
-    is timed again.
+    A machine that others share is quick in one second and slow in the next: so all of them are timed for a stretch
+    before any is timed again, and not one by one, since in use each finds its own code and weights in the caches.
     """
     single = _passes_and_head(model, prompt)
     of_single: dict[str, list[float]] = {name: [] for name in single}
@@ -120,13 +121,14 @@ def measure_costs(model: DeepSeekV3, prompt: Tensor, temperatures: Sequence[floa
             draw = torch.Generator().manual_seed(seed)
             alone = stream(model, prompt, new, temperature, stop_tokens=(), generator=draw)
             next(alone)
-            for _ in range(new - 1):
-                tokens.append(seconds_of(lambda: next(alone)))  # noqa: B023  called at once
+            for left in range(new - 1, 0, -IN_A_ROW):
+                in_a_row = range(min(IN_A_ROW, left))
+                tokens += [seconds_of(lambda: next(alone)) for _ in in_a_row]  # noqa: B023  called at once
                 for run, seconds in zip(runs, found, strict=True):
-                    seconds += run.round()
+                    seconds += [round_ for _ in in_a_row for round_ in run.round()]
                 with torch.inference_mode():
                     for name, call in single.items():
-                        of_single[name].append(seconds_of(call))
+                        of_single[name] += [seconds_of(call) for _ in in_a_row]
         plain[temperature] = statistics.median(tokens)
         drafts[temperature] = tuple(statistics.median(d for d, _ in one) for one in found)
         rounds[temperature] = tuple(statistics.median(r for _, r in one) for one in found)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import token_weights
 from .token_weights import ONE_THREAD, matmul
 from .weight_copies import Array
 
 # Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
 # them into another order first, which for a few heads takes longer than the product.
 PIECE_VALUES, PIECE_LEAST = 10_240, 64
+PIECE_SMALLEST = 24  # where a piece is cut so that its scores are few enough for that
 TOGETHER = 32  # queries at a time: those before them need not meet what comes after
 
 
@@ -40,7 +42,18 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
 
 def _attend(q: Array, past: Array, rank: int) -> Array:
     at_once = q.size * len(past) <= ONE_THREAD
-    return _attend_by_pieces(q, past, rank, len(past) if at_once else max(PIECE_LEAST, PIECE_VALUES // q.shape[-1]))
+    return _attend_by_pieces(q, past, rank, len(past) if at_once else piece_of(q.shape[0] * q.shape[1], q.shape[2]))
+
+
+def piece_of(rows: int, width: int) -> int:
+    """How many latents are taken at a time.
+
+    Args:
+        rows: queries times heads. width: of a latent.
+    """
+    piece = max(PIECE_LEAST, PIECE_VALUES // width)
+    in_place = token_weights.SMALL_RESULT // rows
+    return min(piece, in_place) if token_weights.IN_PLACE and in_place >= PIECE_SMALLEST else piece
 
 
 def _attend_by_pieces(q: Array, past: Array, rank: int, piece: int) -> Array:

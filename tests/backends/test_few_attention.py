@@ -1,12 +1,14 @@
 """Absorbed attention in pieces of any size, in NumPy, against one softmax."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3lib.backends import few_attention
+from dsv3lib.backends import few_attention, token_weights
 from dsv3lib.backends.token_weights import matmul
 from dsv3lib.layers.scaled_attention import causal_mask
 
@@ -16,7 +18,7 @@ from dsv3lib.layers.scaled_attention import causal_mask
     left=st.integers(-2, 2), loud=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_attends_in_pieces_as_in_one(n_new, heads, width, pieces, left, loud, seed) -> None:
-    piece = max(few_attention.PIECE_LEAST, few_attention.PIECE_VALUES // width)
+    piece = few_attention.piece_of(min(n_new, few_attention.TOGETHER) * heads, width)
     length = max(n_new, pieces * piece + left)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(n_new, heads, width, dtype=torch.float64, generator=generator)
@@ -59,3 +61,12 @@ def test_a_product_is_the_same_in_any_threads_and_leaves_their_number_as_it_was(
     finally:
         torch.set_num_threads(before)
     np.testing.assert_allclose(found, np.einsum("ri,io->ro", a, b), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@given(rows=st.integers(1, 300), width=st.integers(8, 600))
+def test_scores_of_a_piece_are_few_enough_to_be_made_in_place(in_place, rows, width):
+    with mock.patch.object(token_weights, "IN_PLACE", in_place):
+        piece = few_attention.piece_of(rows, width)
+    assert 24 <= piece <= max(64, 10_240 // width)
+    assert not in_place or rows > 1200 // 24 or piece * rows <= 1200
