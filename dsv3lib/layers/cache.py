@@ -206,7 +206,12 @@ class LatentCache:
             buffer = self._grow(layer, rows[None].to(dtype), end)
         if rows.dtype != dtype:
             buffer[0, start:end] = rows
-            return buffer[0, :end].to(rows.dtype).numpy()
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # of this thread: to wake another takes longer than to widen a context of thousands
+            try:
+                return buffer[0, :end].to(rows.dtype).numpy()
+            finally:
+                torch.set_num_threads(threads)
         past = buffer.numpy()[0, :end]
         past[start:] = latents
         return past
