@@ -207,7 +207,7 @@ class LatentCache:
         if rows.dtype != dtype:
             buffer[0, start:end] = rows
             threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # of this thread: to wake another takes longer than to widen a context of thousands
+            torch.set_num_threads(1)  # to wake another thread takes longer than to widen a context of thousands
             try:
                 return buffer[0, :end].to(rows.dtype).numpy()
             finally:
