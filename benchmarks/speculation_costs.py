@@ -141,7 +141,8 @@ def measure_costs(model: DeepSeekV3, prompt: Tensor, temperatures: Sequence[floa
 def _passes_and_head(model: DeepSeekV3, prompt: Tensor) -> dict[str, Callable[[], Any]]:
     context = prompt.shape[1]
     cache = LatentCache(model.config, capacity=context + WIDEST)
-    hidden = model(prompt, cache=cache).hidden[:, -1]
+    hidden = model(prompt, cache=cache).hidden[:, -1:]
+    engine = model.choice.few_tokens(hidden, model.begin(prompt[:, -1:], LatentCache(model.config, mtp=True)))
     turn = counting()
 
     def read(n_new: int) -> None:
@@ -151,7 +152,7 @@ def _passes_and_head(model: DeepSeekV3, prompt: Tensor) -> dict[str, Callable[[]
         cache.crop(context)
 
     passes = {str(n): (lambda n=n: read(n)) for n in range(1, WIDEST + 1)}
-    return passes | {"head": lambda: model.lm_head(hidden)}
+    return passes | {"head": lambda: (model.lm_head if engine is None else engine.head)(hidden)}
 
 
 class _TimedRun:

@@ -75,20 +75,21 @@ def generate(
     request = Request.of(
         model, input_ids, max_new_tokens, temperature, top_p, stop_tokens, lengths, generator, top_k, seeds
     )
-    rows = request.rows()
-    if speculative:
-        for round_ in speculate(model, request, draft_tokens, statistics, drafter=drafter):
-            for row, tokens in zip(rows, round_.tokens, strict=True):
-                row.extend(tokens)
-        return request.pad(rows)
     for name, value in (("draft_tokens", draft_tokens), ("drafter", drafter), ("statistics", statistics)):
-        if value is not None:
+        if value is not None and not speculative:
             raise InputError(f"{name}: {value!r} given without speculation; pass speculative=True too")
-    starts = request.lengths.tolist()
-    for tokens in _steps(model, request):
-        for row, start, token in zip(rows, starts, tokens.tolist(), strict=True):
-            if len(row) == start or row[-1] not in request.stops:
-                row.append(token)
+    rows, starts = request.rows(), request.lengths.tolist()
+    # Until it returns nobody gets hold of the model: to look at all its modules at every token would take a seventh.
+    with model.choice.settled(model):
+        if speculative:
+            for round_ in speculate(model, request, draft_tokens, statistics, drafter=drafter):
+                for row, tokens in zip(rows, round_.tokens, strict=True):
+                    row.extend(tokens)
+        else:
+            for tokens in _steps(model, request):
+                for row, start, token in zip(rows, starts, tokens.tolist(), strict=True):
+                    if len(row) == start or row[-1] not in request.stops:
+                        row.append(token)
     return request.pad(rows)
 
 

@@ -1,5 +1,8 @@
 """Modules that are not ours any more: whatever was done to them, generation gives the model's own forward's tokens."""
 
+from unittest import mock
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,8 @@ from strategies import SEEDS, build, small, tokens
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from dsv3lib.backends.survey import Snapshot
+from dsv3lib.errors import InputError
 from dsv3lib.inference.request import Request
 from dsv3lib.inference.speculative import speculate
 
@@ -126,6 +131,26 @@ def test_the_touches_do_change_the_model() -> None:
         before = model(ids).logits
         apply(model, places[0])
         assert not torch.equal(before, model.double()(ids).logits), name
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_generation_looks_at_the_modules_once_and_the_next_one_anew(speculative) -> None:
+    model, prompt = build(SIZE, 0, torch.float64), tokens(SIZE, 1, 4)
+    before = model.generate(prompt, 6, stop_tokens=(), speculative=speculative)
+    with mock.patch.object(Snapshot, "unchanged", autospec=True, side_effect=Snapshot.unchanged) as looks:
+        assert torch.equal(model.generate(prompt, 6, stop_tokens=(), speculative=speculative), before)
+    assert looks.call_count == 2  # the main layers, and the MTP modules
+    patch(model, "model.norm")
+    expected = prompt
+    with torch.inference_mode():
+        for _ in range(6):
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(prompt, 6, stop_tokens=(), speculative=speculative), expected)
+    with pytest.raises(InputError):
+        model.generate(prompt, 6, speculative=speculative, draft_tokens=0)
+    assert model.choice.survey(model).touched
+    del model.model.norm.forward
+    assert not model.choice.survey(model).touched  # an error leaves nothing settled
 
 
 def test_what_is_done_between_two_rounds_counts_from_the_next_on() -> None:
