@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class MTPChain:
     """Drafts from the model's own MTP modules.
 
-    A draft ends in the whole output head. On tiny-v3 (2,048 tokens, a CPU) that is 0.15 ms of a draft's 1.1 ms and of a
-    round's 6.8 ms: drafting over a quarter of the tokens could save 2 % of a round with one draft and 3 % with two, so
-    it is not done. ``benchmarks/speculation.py`` measures the share.
+    A draft ends in the whole output head. On tiny-v3 (2,048 tokens, a CPU) that is 0.05 ms of a draft's 0.8 ms and of a
+    round's 4.2 ms: drafting over a quarter of the tokens could save a hundredth of a round, so it is not done.
+    ``benchmarks/speculation.py`` measures the share.
 
     Args:
         remembers: after rounds without drafts the modules catch up on so many positions at most, of the prompt too, and
