@@ -99,7 +99,7 @@ class Choice:
     def settled(self, model: nn.Module, mtp: bool = True) -> Iterator[None]:
         """Look once for several calls in a row, between which nobody gets hold of the model.
 
-        A look takes a twentieth of a small model's pass, and a round of speculation makes a handful of calls.
+        A look takes a sixth of a small model's token, and a round of speculation makes a handful of calls.
 
         Args:
             model: as it is now.

@@ -79,7 +79,7 @@ def generate(
         if value is not None and not speculative:
             raise InputError(f"{name}: {value!r} given without speculation; pass speculative=True too")
     rows, starts = request.rows(), request.lengths.tolist()
-    # Until it returns nobody gets hold of the model: to look at all its modules at every token would take a seventh.
+    # Until it returns nobody gets hold of the model: to look at all its modules at every token would take a sixth.
     with model.choice.settled(model):
         if speculative:
             for round_ in speculate(model, request, draft_tokens, statistics, drafter=drafter):

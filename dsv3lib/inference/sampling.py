@@ -103,7 +103,10 @@ def _invert(p: Float[Tensor, "*B vocab"], generator: torch.Generator | None) -> 
     total = p.cumsum(-1, dtype=torch.float64)
     # Below 1 by 2^-53 at least, so that in FP64 the product stays below the whole sum: the token has p > 0.
     at = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=torch.float64, device=p.device) * total[..., -1:]
-    return torch.searchsorted(total, at, right=True)[..., 0]
+    tokens = torch.searchsorted(total, at, right=True)[..., 0]
+    if bool((tokens == p.shape[-1]).any()):  # no sum exceeds it: it is NaN, or 0
+        raise InputError("p: nothing can be drawn from it; the logits hold NaN or infinity, or overflow in this dtype")
+    return tokens
 
 
 def probabilities(

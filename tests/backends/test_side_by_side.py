@@ -61,7 +61,8 @@ def test_what_a_piece_raises_comes_out(threads):
 
     with pytest.raises(KeyError, match="the third"):
         side_by_side([lambda i=i: piece(i) for i in range(3, 50)], WORTH_WAKING)
-    assert torch.get_num_threads() == threads and len(done) < 47 or threads > 1
+    assert torch.get_num_threads() == threads and 3 in done
+    assert threads > 1 or done == [3]  # who raises takes no other piece
 
 
 def test_tensors_of_inference_mode_are_written():
@@ -132,4 +133,4 @@ def test_groups_are_small_and_as_many_for_each_thread(n):
     each, threads = heads_at_once(n), torch.get_num_threads()
     count = -(-n // each)
     assert 1 <= each <= 24 and count <= -(-n // (24 * threads)) * threads
-    assert n < threads or count >= threads or each == 1 or count * each - n < each
+    assert each <= -(-n // threads)  # each thread has a group, where there are as many sequences

@@ -159,6 +159,13 @@ def test_a_draw_is_the_inverse_of_the_cumulated_sum(vocab, rows, cut, scale, see
         assert token == np.searchsorted(total, u[0] * total[-1], side="right") and row[token] > 0
 
 
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_nothing_is_drawn_from_what_is_no_distribution(value):
+    p = torch.stack([torch.full((9,), 0.1), torch.full((9,), value)])
+    with pytest.raises(InputError, match="nothing can be drawn"):
+        Sampler(1.0).draw(p)
+
+
 def test_a_long_tail_keeps_its_share():
     """Half of all probability on one token, half on a hundred thousand: sums in FP32 would lose of the tail."""
     p = torch.cat([torch.tensor([0.5]), torch.full((100_000,), 5e-6)])

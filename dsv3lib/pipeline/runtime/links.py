@@ -189,7 +189,6 @@ def in_threads(world: int, work: Any) -> list[Any]:
     """
     board, results = Board(world), [None] * world
     failed: list[BaseException] = []
-
     n_threads = torch.get_num_threads()
 
     def one(rank: int) -> None:
