@@ -130,10 +130,33 @@ def _drafts(record: Record) -> str:
         + " |",
         "|---|---:|" + "---:|" * record["model"]["num_nextn_predict_layers"],
     ]
+    before = record.get("distillation", {}).get("before", {})
     for name, row in record["drafts"].items():
-        shares = " | ".join(f"{share:.1%}" for share in row["agreement"])
+        was = before[name]["agreement"] if before else [None] * len(row["agreement"])
+        shares = " | ".join(
+            f"{share:.1%}" if old is None else f"{share:.1%} (before {old:.1%})"
+            for share, old in zip(row["agreement"], was, strict=True)
+        )
         lines.append(f"| {name} | {row['entropy']:.2f} | {shares} |")
+    if before:
+        lines += ["", _distillation(record["distillation"])]
     return "\n".join(lines)
+
+
+def _distillation(record: Record) -> str:
+    training, divergence = record["training"], record["divergence"]
+    depths = ", ".join(
+        f"{first:.2f} to {divergence['last'][name]:.2f} at depth {name.removeprefix('mtp_')}"
+        for name, first in divergence["first"].items()
+    )
+    return (
+        f"After pre-training the main model was frozen, and the modules alone went on for {record['steps']:,} steps, "
+        f"{record['tokens']:,} tokens ({record['seconds'] / 60:.0f} minutes on {training['threads']} thread(s)), "
+        f"towards its predictions instead of the text's tokens: {record['own_share']:.0%} of the text is what the "
+        f"model itself wrote. The KL divergence fell from {depths} (nats; first step, mean of the last 50). "
+        f"AdamW, peak learning rate {training['learning_rate']:g}, seed {training['seed']}: "
+        "`python -m dsv3lib.training.run.drafts`."
+    )
 
 
 def _training(record: Record) -> str:

@@ -1,4 +1,5 @@
-"""``make checkpoint``: trains tiny-v3, then its dense twin on the same tokens, measures both, writes the folder.
+"""``make checkpoint``: trains tiny-v3, then its dense twin on the same tokens, measures both, writes the folder; last
+the MTP modules learn to draft for the finished model.
 
 Each stage is passed over where it is done already, and a stage that was stopped goes on from its last save point:
 the same command again is all there is to know.
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ...errors import Dsv3Error, TrainingError
+from . import drafts
 from . import folder as run_folder
 from .first_steps import record_first_steps
 from .log import read_log
@@ -34,7 +36,7 @@ def make(
     """All stages in their order.
 
     Args:
-        runs: folder of the two runs. out: the checkpoint's folder; one that is there is replaced at the very end.
+        runs: folder of the three runs. out: the checkpoint's folder; one that is there is replaced at the very end.
         threads: torch's. minutes: length of the main run by the clock; by default it reads ``DEFAULT_TOKENS``. The
             twin reads the same tokens.
         first_steps: file to write for the test that runs the first steps again.
@@ -60,6 +62,10 @@ def make(
     fresh = out.with_name(f".new-{out.name}")
     shutil.rmtree(fresh, ignore_errors=True)
     record = publish(main, fresh, twin)
+    distilled = runs / f"{PRESET}-drafts"
+    new = None if (distilled / drafts.RUN).exists() else drafts.settings(threads=threads)
+    if not drafts.distil(fresh, distilled, fresh, new):
+        return False
     if out.exists():
         shutil.rmtree(out)
     fresh.rename(out)

@@ -32,8 +32,9 @@ def show(bar: tqdm, record: Record, total: int | None) -> None:
         bar: of steps. record: the step's. total: steps of the run, if it is known.
     """
     bar.total = total
+    loss = record["losses"].get("main", record["loss"])  # where the main model learns, its own says most
     bar.set_postfix_str(
-        f"loss {record['losses']['main']:.3f}, MaxVio {max(record['max_violation'], default=0.0):.2f}, "
+        f"loss {loss:.3f}, MaxVio {max(record['max_violation'], default=0.0):.2f}, "
         f"{record['tokens_per_second']:,.0f} tokens/s", refresh=False,
     )  # fmt: skip
     bar.update()
