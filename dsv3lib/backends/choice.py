@@ -13,7 +13,7 @@ plain      everywhere else, and under autocast   none: ``layers/`` as it is writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels.toolchain import targets
+from ..layers.mtp import MTPModule
 from ..layers.operations import Operations
 from ..layers.step import Step
 from ..linear import autocast_on
@@ -31,9 +32,12 @@ from .chosen import Chosen
 from .cpu import Cpu
 from .engine import Engine, is_few_tokens
 from .few_blocks import FewBlocks
-from .few_tokens import FewLink, FewTokens
+from .few_tokens import FewChain, FewLink, FewTokens
 from .survey import Snapshot, Survey
 from .triton import Triton
+from .weight_copies import COPIED
+
+_ADVANCE = MTPModule.advance  # as it was imported: a class may be patched
 
 
 class Plain(Chosen):
@@ -75,7 +79,7 @@ class Choice:
     def __init__(self) -> None:
         self._survey: Survey | None = None
         self._settled = False
-        self._taken: dict[nn.Module | None, FewBlocks | None] = {}  # engines, while it is settled
+        self._taken: dict[Hashable, FewBlocks | FewChain | None] = {}  # engines, while it is settled
         self._backends: dict[type[Chosen], Chosen] = {}
 
     def __reduce__(self) -> tuple:
@@ -139,6 +143,27 @@ class Choice:
         if type(step.backend) is not Cpu or not is_few_tokens(x, step):
             return None
         return self._take(None, x)
+
+    def few_chain(self, model: nn.Module, modules: Sequence[nn.Module]) -> FewChain | None:
+        """Links of the MTP chain, embedding and head as one engine, for the drafts of one row in FP32 or FP64.
+
+        Args:
+            model: as it is now. modules: that draft, in their order.
+        """
+        if not self._settled:
+            return self._chain(model, modules)
+        key = tuple(modules)
+        if key not in self._taken:
+            self._taken[key] = self._chain(model, modules)
+        return self._taken[key]
+
+    def _chain(self, model: nn.Module, modules: Sequence[nn.Module]) -> FewChain | None:
+        weight = model.model.embed_tokens.weight
+        own = MTPModule.advance is not _ADVANCE or any("advance" in vars(module) for module in modules)
+        if type(self.backend(model, weight)) is not Cpu or weight.dtype in COPIED or own:
+            return None
+        engines = [self._take(module, weight) if module in self._engines else None for module in (None, *modules)]
+        return None if None in engines else FewChain(engines[0], engines[1:], weight)
 
     def few_token_engines(self, model: nn.Module) -> dict[nn.Module, Engine]:
         """The few-token engines of the main model and of each MTP module."""

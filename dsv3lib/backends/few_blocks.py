@@ -19,8 +19,6 @@ from .few_routing import route_rows, sort_visits
 from .token_weights import ROW_BY_ROW, BlockWeights, MixtureWeights, MLPWeights, product, row_product
 from .weight_copies import Array, WeightReader
 
-IN_PYTHON = 8  # tokens: so many roots Python takes as quickly
-
 
 class FewBlocks:
     """The operations of a block.
@@ -57,9 +55,6 @@ class FewBlocks:
         if len(x) == 1:  # the root of the mean square is one Python number
             row = x[0]
             y *= factor / math.sqrt(float(row.dot(row)) / width + eps)
-        elif len(x) <= IN_PYTHON:
-            scales = [factor / math.sqrt(square / width + eps) for square in np.vecdot(x, x).tolist()]
-            y *= np.array(scales, y.dtype)[:, None]
         else:
             scale = np.vecdot(x, x)
             scale /= width

@@ -8,7 +8,7 @@ rule is that of Leviathan et al., 2023). It is no search for the best of several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -57,14 +57,17 @@ def verify(
     """
     if drafts.shape[1] == 0:
         return Verdict(torch.zeros_like(sizes), sampler.choose(logits[:, 0]))
+    if q is None:
+        said, guesses = logits.argmax(-1).tolist(), drafts.tolist()
+        accepted = [
+            _first_false(guess == best for guess, best in zip(of_row[:size], said_of_row, strict=False))
+            for of_row, said_of_row, size in zip(guesses, said, sizes.tolist(), strict=True)
+        ]
+        tokens = [of_row[a] for of_row, a in zip(said, accepted, strict=True)]
+        return Verdict(*(torch.tensor(x, device=drafts.device) for x in (accepted, tokens)))
     rows, places, guesses = np.arange(len(drafts)), np.arange(drafts.shape[1]), drafts.cpu().numpy()
     sizes = leading((places < sizes.cpu().numpy()[:, None]) & (guesses >= 0))
     present = places < sizes[:, None]
-    if q is None:
-        said = logits.argmax(-1).cpu().numpy()
-        accepted = leading(present & (said[:, :-1] == guesses))
-        token = torch.from_numpy(said[rows, accepted])
-        return Verdict(torch.from_numpy(accepted).to(drafts.device), token.to(drafts.device))
     p = sampler.probabilities(logits)
     named = drafts.clamp(min=0)[..., None]
     p_draft, q_draft = (x.gather(-1, named)[..., 0].cpu().numpy() for x in (p[:, :-1], q))
@@ -81,6 +84,15 @@ def verify(
         # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
     return Verdict(stood, sampler.draw(rest))
+
+
+def _first_false(facts: Iterable[bool]) -> int:
+    count = 0
+    for fact in facts:
+        if not fact:
+            break
+        count += 1
+    return count
 
 
 def leading(true: Bool[np.ndarray, "B m"]) -> Int64[np.ndarray, " B"]:
@@ -211,7 +223,9 @@ class Speculation:
         judged = [row[:size] for row, size in zip(drafts.tokens.tolist(), drafts.sizes.tolist(), strict=True)]
         before = self.n.clone()
         round_ = self._gain(judged, accepted.tolist(), token.tolist())
-        if not np.array_equal(self.cache.lengths.numpy(), n - 1):
+        if len(n) == 1:
+            self.cache.crop(int(n[0]) - 1)
+        elif not np.array_equal(self.cache.lengths.numpy(), n - 1):
             self.cache.crop(self.n - 1)
         self.drafting.confirm(before, self.n, out.hidden)
         self.count.saw(round_)

@@ -244,6 +244,9 @@ class LatentCache:
         Raises:
             CacheError: a length is negative or more than the row holds.
         """
+        if isinstance(length, int) and not self._ragged and 0 <= length <= self._length:
+            self.lengths, self._length = torch.full_like(self.lengths, length), length
+            return
         held = self.lengths.numpy()
         wanted = np.broadcast_to(torch.as_tensor(length, dtype=torch.int64).cpu().numpy(), held.shape)
         if (wanted < 0).any() or (wanted > held).any():

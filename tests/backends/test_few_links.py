@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
 from dsv3lib.backends import few_attention, few_blocks, few_tokens
+from dsv3lib.backends.choice import Choice
 from dsv3lib.backends.few_tokens import FewLink
 from dsv3lib.inference.request import Request
-from dsv3lib.inference.speculative import speculate
+from dsv3lib.inference.speculative import speculate, verify
+from dsv3lib.layers.mtp import MTPModule
 from dsv3lib.layers.norm import RMSNorm
 from dsv3lib.layers.operations import PLAIN_OPERATIONS
 from dsv3lib.linear import PlainRecipe, set_recipe
@@ -129,13 +132,71 @@ def test_the_head_of_drafts_is_the_models_own(dtype) -> None:
         assert found.dtype == expected.dtype == dtype and found.shape == expected.shape
         bound = 1e-5 if dtype == torch.float32 else 2**-7 * float(expected.abs().max())
         assert float((found - expected).abs().max()) <= bound
+    # In 16 bits link after link and the head, otherwise all in one engine.
+    kind, name = (few_tokens.FewTokens, "head") if dtype == torch.bfloat16 else (few_tokens.FewChain, "advance")
     for touched in (False, True):
         if touched:
             model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-        head = few_tokens.FewTokens.head
-        with mock.patch.object(few_tokens.FewTokens, "head", autospec=True, side_effect=head) as taken:
+        with mock.patch.object(kind, name, autospec=True, side_effect=getattr(kind, name)) as taken:
             list(speculate(model, Request.of(model, tokens(SIZE, 1, 4), 6, stop_tokens=()), 1))
         assert bool(taken.call_count) is not touched and bool(calls) is touched
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rows_drafts_in_one_engine_are_those_of_link_after_link(drafts: int, temperature: float) -> None:
+    """The same guesses from the same distributions, round after round, with drafts that stand and that fall."""
+
+    def drafted(fast: bool) -> list:
+        model, found = build(SIZE, 3, torch.float64), []
+        request = Request.of(
+            model, tokens(SIZE, 1, 7, 3), 20, temperature, stop_tokens=(), generator=torch.Generator().manual_seed(5)
+        )
+
+        def watched(guesses, q, logits, sizes, sampler):
+            found.append((guesses, q, sizes))
+            return verify(guesses, q, logits, sizes, sampler)
+
+        few_chain = Choice.few_chain if fast else lambda *_: None
+        with mock.patch.object(Choice, "few_chain", autospec=True, side_effect=few_chain) as asked:
+            list(speculate(model, request, drafts, verifier=watched))
+        assert asked.call_count
+        return found
+
+    fast, plain = drafted(True), drafted(False)
+    assert len(fast) == len(plain) > 3
+    for (guesses, q, sizes), (theirs, their_q, their_sizes) in zip(fast, plain, strict=True):
+        assert torch.equal(guesses, theirs) and torch.equal(sizes, their_sizes)
+        assert (q is None) == (their_q is None) == (temperature == 0.0)
+        assert q is None or float((q - their_q).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("touched", ["model.embed_tokens", "lm_head", "model.layers.2.mlp", "model.layers.3"])
+def test_a_chain_with_a_module_that_somebody_touched_is_not_one_engine(touched: str) -> None:
+    model = build(SIZE, 0, torch.float32)
+    modules = list(model.model.layers[SIZE.num_hidden_layers :])
+    assert SIZE.num_hidden_layers == 2 and model.choice.few_chain(model, modules) is not None
+    model.get_submodule(touched).register_forward_hook(lambda *_: None)
+    assert model.choice.few_chain(model, modules) is None
+
+
+@pytest.mark.parametrize("of_class", [False, True])
+def test_a_link_that_somebody_wrote_anew_drafts(of_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build(SIZE, 0, torch.float32), []
+    modules = list(model.model.layers[SIZE.num_hidden_layers :])
+    assert model.choice.few_chain(model, modules) is not None
+    advance = MTPModule.advance
+
+    def watched(module, *of_call):
+        calls.append(module)
+        return advance(module, *of_call)
+
+    if of_class:
+        monkeypatch.setattr(MTPModule, "advance", watched)
+    else:
+        modules[1].advance = partial(watched, modules[1])
+    list(speculate(model, Request.of(model, tokens(SIZE, 1, 4), 6, stop_tokens=()), 2))
+    assert modules[1] in calls
 
 
 TOUCHES = {
@@ -181,10 +242,11 @@ def test_drafts_are_those_of_the_modules(seed, drafts, rows) -> None:
     def rounds() -> list:
         return list(speculate(model, Request.of(model, ids, max_new_tokens=9, stop_tokens=()), drafts))
 
-    with mock.patch.object(FewLink, "advance", autospec=True, side_effect=FewLink.advance) as taken:
+    with mock.patch.object(FewLink, "rows", autospec=True, side_effect=FewLink.rows) as taken:
         found = rounds()
     assert bool(taken.call_count) == (rows == 1)
-    with mock.patch.object(FewLink, "advance", lambda *_: None):
+    nothing = mock.Mock(return_value=None)
+    with mock.patch.object(FewLink, "advance", nothing), mock.patch.object(Choice, "few_chain", nothing):
         assert rounds() == found
 
 
@@ -193,3 +255,18 @@ def test_a_prompt_too_long_goes_through_the_modules() -> None:
     with mock.patch.object(FewLink, "advance", autospec=True, side_effect=FewLink.advance) as taken:
         out, _ = chain(model, tokens(model.config, 1, 130), [129, 1], plain=False)
     assert taken.call_count == 2 and isinstance(out[0], Tensor)
+
+
+def test_drafts_behind_a_prompt_too_long_begin_with_the_modules() -> None:
+    model = build(SIZE.replace(max_position_embeddings=256), 0, torch.float64)
+    request = Request.of(model, tokens(model.config, 1, 140), 12, stop_tokens=())
+    widths = []
+
+    def watched(link, hidden, *rest):
+        widths.append(len(hidden))
+        return rows(link, hidden, *rest)
+
+    rows = FewLink.rows
+    with mock.patch.object(FewLink, "rows", watched):
+        list(speculate(model, request, 2))
+    assert widths and max(widths) <= 128

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from ...backends.engine import MOST_TOKENS
 from ...errors import InputError
 from ...layers.cache import LatentCache
 from ...layers.step import Step
@@ -23,6 +24,7 @@ from . import Drafts
 from .windows import take, unless_full
 
 if TYPE_CHECKING:
+    from ...backends.few_tokens import FewChain
     from ...model import DeepSeekV3
     from ..request import Request
 
@@ -105,29 +107,65 @@ class ChainDrafting:
         self._catch_up(counts)
         new = np.where(wanted == 0, 0, counts - 1 - self._first)
         width, m = int(new.max()), int(wanted.max())
+        self._drafted = True
+        drafts: list[Tensor] = []
+        q: list[Tensor] = []
+        few = len(n) == 1 and width <= MOST_TOKENS  # behind a long prompt the layers read it
+        chain = self.model.choice.few_chain(self.model, self.modules) if few else None
+        if chain is not None:
+            self._draft_row(chain, text, width, m, sizes, drafts, q)
+        else:
+            self._draft_rows(text, new, width, m, sizes, drafts, q)
+        return Drafts(torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None, sizes)
+
+    def _draft_row(
+        self, chain: FewChain, text: Tensor, width: int, m: int, sizes: Tensor, drafts: list[Tensor], q: list[Tensor]
+    ) -> None:
+        """What ``_draft_rows`` does, of one row and in arrays."""
+        first, held = int(self._first[0]) + 1, len(self.cache)
+        self.cache.plan(1, max(width, width + m - len(self.modules)))
+        like = self.hidden.detach()
+        rotations = self.model.rope.table(held + width + max(m - len(self.modules), 0), like).numpy()
+        tokens, rows = text[0, first : first + width].numpy(), like[0, :width].numpy()
+        for k in range(len(self.modules)):  # all of them, even for fewer drafts: their latents are wanted later
+            rows, logits = chain.advance(k, rows, tokens, self.cache, rotations[held : held + width])
+            self._pick(torch.from_numpy(logits)[None], sizes, drafts, q)
+            tokens = np.append(tokens[1:], drafts[-1].numpy())
+        self.cache.advance(width)
+        for at in range(held + width, held + width + m - len(drafts)):
+            # What a module puts out stands for "all up to here", as what it takes in does: it goes on from there.
+            rows, logits = chain.advance(k, rows[-1:], tokens[-1:], self.cache, rotations[at : at + 1])
+            self._pick(torch.from_numpy(logits)[None], sizes, drafts, q)
+            tokens = drafts[-1].numpy()
+            self.cache.advance(1)
+
+    def _draft_rows(
+        self,
+        text: Tensor,
+        new: Int64[np.ndarray, " B"],
+        width: int,
+        m: int,
+        sizes: Tensor,
+        drafts: list[Tensor],
+        q: list[Tensor],
+    ) -> None:
         tokens = take(text, self._first + 1, width).to(self.hidden.device)  # of each position the one after it
         hidden, lengths = self.hidden[:, :width], unless_full(new, width)
         last = torch.from_numpy(np.maximum(new - 1, 0))
         step = self.model.begin(tokens, self.cache, lengths)
-        drafts: list[Tensor] = []
-        q: list[Tensor] = []
-        for module in self.modules:  # all of them, even for fewer drafts: their latents are wanted later
+        for module in self.modules:
             hidden, _ = module.advance(hidden, self.model.model.embed_tokens(tokens), step)
-            newest = hidden[:, -1] if lengths is None else hidden[torch.arange(len(n)), last]
+            newest = hidden[:, -1] if lengths is None else hidden[torch.arange(len(new)), last]
             self._pick(self._logits(newest, step), sizes, drafts, q)
             tokens = _further(tokens, drafts[-1], None if lengths is None else last)
         self.cache.advance(width, lengths)
         for k in range(len(drafts), m):
-            # Both what a module puts out and what it takes in stand for "all up to here": it goes on from
-            # its own output, one position further each time.
-            tokens, lengths = drafts[-1][:, None], unless_full((wanted > k).astype(np.int64), 1)
+            tokens, lengths = drafts[-1][:, None], unless_full((sizes.numpy() > k).astype(np.int64), 1)
             step = self.model.begin(tokens, self.cache, lengths)
             hidden, _ = module.advance(newest[:, None], self.model.model.embed_tokens(tokens), step)
             newest = hidden[:, 0]
             self._pick(self._logits(newest, step), sizes, drafts, q)
             self.cache.advance(1, lengths)
-        self._drafted = True
-        return Drafts(torch.stack(drafts[:m], 1), torch.stack(q[:m], 1) if q else None, sizes)
 
     def _logits(self, hidden: Float[Tensor, "B D"], step: Step) -> Float[Tensor, "B vocab"]:
         engine = self.model.choice.few_tokens(hidden[:, None], step)
@@ -183,19 +221,25 @@ class ChainDrafting:
     ) -> None:
         # At position i the deepest module has read token i + depth. Sure are the drafts that stand, and not
         # the newest token, which the model put in the place of a draft that fell.
-        sure = np.minimum(np.maximum(n - 1 - len(self.modules), 0), before - 1)
+        depth = len(self.modules)
+        if len(n) == 1:  # the same as below in plain numbers, and without gathering
+            (start,), (offset,), (was,), (now) = self._first.tolist(), self._offset.tolist(), before.tolist(), int(n[0])
+            sure = min(max(now - 1 - depth, 0), was - 1)
+            place = max(min(len(self.cache) + offset, sure), offset)
+            self.cache.crop(place - offset)
+            old = self.hidden[:, place - start : was - 1 - start]
+            self.hidden = torch.cat([old, hidden], 1)[:, : now - 1 - place]
+            self._first = np.array([place])
+            return
+        sure = np.minimum(np.maximum(n - 1 - depth, 0), before - 1)
         first = np.maximum(np.minimum(self.cache.lengths.numpy() + self._offset, sure), self._offset)
         self.cache.crop(torch.from_numpy(first - self._offset))
         width, held = int((n - 1 - first).max()), self.hidden.shape[1]
-        if len(n) == 1:  # the same as below, without gathering
-            old = self.hidden[:, int(first[0] - self._first[0]) : int(before[0] - 1 - self._first[0])]
-            self.hidden = torch.cat([old, hidden], 1)[:, :width]
-        else:
-            places = first[:, None] + np.arange(width)
-            of_old, of_new = places - self._first[:, None], places - before[:, None] + 1
-            index = np.where(of_new < 0, of_old, held + of_new).clip(0, held + hidden.shape[1] - 1)
-            joined = torch.cat([self.hidden, hidden], 1)
-            self.hidden = joined[torch.arange(len(n))[:, None], torch.from_numpy(index)]
+        places = first[:, None] + np.arange(width)
+        of_old, of_new = places - self._first[:, None], places - before[:, None] + 1
+        index = np.where(of_new < 0, of_old, held + of_new).clip(0, held + hidden.shape[1] - 1)
+        joined = torch.cat([self.hidden, hidden], 1)
+        self.hidden = joined[torch.arange(len(n))[:, None], torch.from_numpy(index)]
         self._first = first
 
 

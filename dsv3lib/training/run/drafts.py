@@ -164,19 +164,22 @@ def write_checkpoint(
     if history.end is None or history.end["reason"] != "finished":
         raise TrainingError(f"{run}: the run is not finished; go on with it first")
     record = _record(checkpoint)
-    domains = builtin_domains(text="full", seed=SEED) if domains is None else domains
     described = run_folder.read_run(run)
-    text = PackedStream(domains, Tokenizer.from_pretrained(checkpoint), described["stream"]["seq_len"], seed=SEED)
+    seed = record["training"]["seed"]  # the held-out text that ``publish`` measures on
+    domains = builtin_domains(text="full", seed=seed) if domains is None else domains
+    text = PackedStream(domains, Tokenizer.from_pretrained(checkpoint), described["stream"]["seq_len"], seed=seed)
     batches = batches or -(-record["least_tokens"] // (8 * text.seq_len)) + 1
 
     def fill(folder: Path) -> None:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
         distilled = DeepSeekV3.from_pretrained(run / run_folder.MODEL_FOLDER).to(torch.bfloat16)
-        _refuse_another_model(run, distilled, DeepSeekV3.from_pretrained(checkpoint, dtype=torch.bfloat16))
+        pretrained = DeepSeekV3.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        _refuse_another_model(run, distilled, pretrained)
         distilled.save_pretrained(folder, mtp_copies=False)
         model = DeepSeekV3.from_pretrained(folder, dtype=torch.float32)
         record["distillation"] = {
-            "before": record["drafts"], "tokens": history.steps[-1]["tokens"], "steps": history.steps[-1]["step"],
+            "before": measured_drafts(pretrained.float(), text, record["drafts"], batches),
+            "tokens": history.steps[-1]["tokens"], "steps": history.steps[-1]["step"],
             "seconds": history.end["seconds"], "own_share": OWN_SHARE, "training": described["training"],
             "divergence": {"first": history.steps[0]["losses"], "last": _mean_losses(history.steps[-50:])},
         }  # fmt: skip

@@ -21,6 +21,7 @@ CLAIMS = {
         "a module that drafts for every text alike",
         "for one in card['drafts'].values():\n    one['agreement'][0] = 0.6",
     ),
+    "distilled": Off("nothing learned since", "card['distillation']['before'] = card['drafts']"),
     "depth": Off(
         "a second draft that stands whenever the first does",
         "for one in by_domain.values():\n    one.accepted[1], one.drafted[1] = one.accepted[0], one.drafted[0]",
