@@ -452,8 +452,8 @@ table(["decoding", "tokens per second, here"], rows, varies=True)
 measured(f"Speed-up on this machine: {plainly / drafting:.2f}")
 
 # %% [markdown]
-# On most processors this gains little, or *loses*: in so small a model each further token of a pass, and each draft, costs a
-# good part of one. Fewer passes are not less time. That is the case that the sliders show on the right: a wide pass.
+# How much that is hangs on the processor, and on some it *loses*: in so small a model each further token of a pass, and each
+# draft, costs a good part of one. Fewer passes are not less time. The sliders show it on the right: a wide pass.
 #
 # ## On trial: "it picks the best of several"
 #
