@@ -19,9 +19,10 @@ CLAIMS = {
     "rollback": Off("nothing rolled back", "kept = lambda cached, drafts, accepted: cached + 1 + drafts"),
     "easy": Off(
         "a module that drafts for every text alike",
+        "from copy import deepcopy\ncard = deepcopy(card)\n"
         "for one in card['drafts'].values():\n    one['agreement'][0] = 0.6",
     ),
-    "distilled": Off("nothing learned since", "card['distillation']['before'] = card['drafts']"),
+    "distilled": Off("nothing learned since", "card = card | {'distillation': {'before': card['drafts']}}"),
     "depth": Off(
         "a second draft that stands whenever the first does",
         "for one in by_domain.values():\n    one.accepted[1], one.drafted[1] = one.accepted[0], one.drafted[0]",
