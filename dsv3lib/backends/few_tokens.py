@@ -117,7 +117,7 @@ class FewChain:
     """Links of the MTP chain with embedding and head, for drafting: tokens in, logits out, and arrays between.
 
     A round of drafts is two handfuls of calls on single rows. Between tensors and arrays each would go back and forth,
-    which takes a sixth of the drafts' time.
+    which takes a fifth of the drafts' time.
 
     Args:
         main: the main model's engine, whose head it is.

@@ -8,7 +8,9 @@ rule is that of Leviathan et al., 2023). It is no search for the best of several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -60,7 +62,7 @@ def verify(
     if q is None:
         said, guesses = logits.argmax(-1).tolist(), drafts.tolist()
         accepted = [
-            _first_false(guess == best for guess, best in zip(of_row[:size], said_of_row, strict=False))
+            sum(takewhile(bool, map(eq, of_row[:size], said_of_row)))
             for of_row, said_of_row, size in zip(guesses, said, sizes.tolist(), strict=True)
         ]
         tokens = [of_row[a] for of_row, a in zip(said, accepted, strict=True)]
@@ -84,15 +86,6 @@ def verify(
         # Where p and q differ by rounding alone, a draft may fall with nothing left of p.
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)
     return Verdict(stood, sampler.draw(rest))
-
-
-def _first_false(facts: Iterable[bool]) -> int:
-    count = 0
-    for fact in facts:
-        if not fact:
-            break
-        count += 1
-    return count
 
 
 def leading(true: Bool[np.ndarray, "B m"]) -> Int64[np.ndarray, " B"]:

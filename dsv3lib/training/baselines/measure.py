@@ -10,13 +10,14 @@ import lzma
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from ...model import DeepSeekV3
-from ..loop.evaluate import token_bytes
+from ..loop.evaluate import DEFAULT_BATCH_SIZE, token_bytes
 from ..text.data import Batch, PackedStream
 from ..text.tokenizer import Tokenizer
 from .ngram import KneserNey
@@ -91,6 +92,21 @@ def first_drafts(model: DeepSeekV3, batches: Sequence[Batch]) -> tuple[float, li
             tried[k - 1] += int(within.sum())
     model.train(was_training)
     return entropy / max(count, 1), [a / max(t, 1) for a, t in zip(agreed, tried, strict=True)]
+
+
+def drafts_by_domain(
+    model: DeepSeekV3, stream: PackedStream, domains: Iterable[str], batches: int, batch_size: int = DEFAULT_BATCH_SIZE
+) -> dict[str, dict[str, Any]]:
+    """``first_drafts`` on each domain's held-out text, as a checkpoint's record has it.
+
+    Args:
+        domains: their names. batches, batch_size: of each, at most.
+    """
+    found = {}
+    for name in domains:
+        entropy, agreement = first_drafts(model, stream.validation_batches(name, batches, batch_size))
+        found[name] = {"entropy": entropy, "agreement": agreement}
+    return found
 
 
 def training_batches(stream: PackedStream, steps: int, batch_size: int) -> Iterator[Batch]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...model.loss import LossWeights
 from ..text.data import Batch
-from .balance import domain_load, update_bias
-from .gradients import Gradients
+from .balance import update_bias
+from .gradients import Gradients, finish
 from .optimizer import AdamW
 from .trainer import Trainer
 
@@ -87,17 +87,8 @@ class DraftTrainer(Trainer):
             f"mtp_{k}": distillation_loss(out.logits, logits, within_document(batch, k).to(self.device))
             for k, logits in enumerate(out.mtp_logits, start=1)
         }
-        loss = sum(losses.values()) / len(losses)
-        loss.backward()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.gradient_clip).item()
-        load = out.expert_load.cpu()
-        names = self.stream.domain_names
-        by_domain = domain_load(out.expert_indices, batch.domain_ids, len(names), load.shape[-1])
-        return Gradients(
-            loss.item(), {name: one.item() for name, one in losses.items()}, norm, load,
-            dict(zip(names, by_domain.tolist(), strict=True)),
-        )  # fmt: skip
+        out.loss = sum(losses.values()) / len(losses)
+        return finish(self.model, out, losses, batch, self.config.gradient_clip, self.stream.domain_names)
 
     def _update_biases(self, load: Int64[Tensor, "layers E"], speed: float) -> None:
         routers = self.model.routers()

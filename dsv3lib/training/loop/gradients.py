@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...model import DeepSeekV3
 from ...model.loss import LossWeights
+from ...model.outputs import ModelOutput
 from ..text.data import Batch
 from .balance import domain_load
 
@@ -52,9 +53,26 @@ def gradients(
         document_ids=batch.document_ids.to(device),
         loss_weights=weights,
     )
+    return finish(model, out, out.losses, batch, limit, domains)
+
+
+def finish(
+    model: DeepSeekV3,
+    out: ModelOutput,
+    losses: Mapping[str, Tensor],
+    batch: Batch,
+    limit: float | int,
+    domains: Sequence[str],
+) -> Gradients:
+    """Backward from ``out.loss`` and clipping, and what a step's record wants to know.
+
+    Args:
+        model: its parameters get gradients. out: what it made of the batch. losses: the parts of the loss.
+        batch, limit, domains: as for ``gradients``.
+    """
     out.loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     load = out.expert_load.cpu()
     by_domain = domain_load(out.expert_indices, batch.domain_ids, len(domains), load.shape[-1])
-    losses = {name: part.item() for name, part in out.losses.items()}
-    return Gradients(out.loss.item(), losses, norm, load, dict(zip(domains, by_domain.tolist(), strict=True)))
+    parts = {name: part.item() for name, part in losses.items()}
+    return Gradients(out.loss.item(), parts, norm, load, dict(zip(domains, by_domain.tolist(), strict=True)))

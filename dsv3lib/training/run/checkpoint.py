@@ -12,13 +12,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from ...errors import Dsv3Error, TrainingError
+from ...errors import TrainingError
 from . import drafts
 from . import folder as run_folder
 from .first_steps import record_first_steps
+from .interrupt import exit_code
 from .log import read_log
 from .publish import publish
-from .tiny_v3 import DEFAULT_TOKENS, EXIT_INTERRUPTED, PRESET, settings, train
+from .tiny_v3 import DEFAULT_TOKENS, PRESET, settings, train
 
 OUT = Path("data") / "checkpoints" / PRESET
 FIRST_STEPS = Path("tests") / "training" / "run" / "tiny_v3_first_steps.json"
@@ -98,12 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="the checkpoint's folder (%(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        done = make(options.runs, options.out, options.threads, options.minutes, FIRST_STEPS)
-    except Dsv3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if done else EXIT_INTERRUPTED
+    return exit_code(
+        lambda: make(options.runs, options.out, options.threads, options.minutes, FIRST_STEPS)
+    )
 
 
 if __name__ == "__main__":

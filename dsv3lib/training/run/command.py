@@ -31,6 +31,7 @@ from ..text.mixture import MAX_PASSES, cap_passes
 from ..text.tokenizer import Tokenizer, default_tokenizer, train_tokenizer
 from . import extension_command, parallel_command
 from . import folder as run_folder
+from .interrupt import EXIT_INTERRUPTED
 from .progress import LINES, Lines, conclude, introduce
 
 PRESETS = ("nano", "tiny", "tiny-v3")
@@ -40,7 +41,6 @@ DEFAULT_SEQUENCE_LENGTH = 128
 # A run of minutes wants many small steps. Tiny, 100,000 tokens, learning rate 2e-3: validation loss 5.76 with 4
 # sequences a step, 5.84 growing from 2 to 8, 5.86 with 8; with 8, 5.93 at 4e-3.
 DEFAULT_BATCH_SIZE = 4
-EXIT_INTERRUPTED = 130
 # Which of the command's options are fields of TrainingConfig, under the same name.
 _TRAINING_OPTIONS = (
     "steps", "tokens", "minutes", "seed", "batch_size", "batch_size_start", "learning_rate", "warmup_steps",

@@ -14,18 +14,18 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ...errors import Dsv3Error, TrainingError
+from ...errors import TrainingError
 from ...files import write_whole
 from ...model import DeepSeekV3
 from ...shipped import RESULTS, checkpoint_folder
-from ..baselines.measure import first_drafts
+from ..baselines.measure import drafts_by_domain
 from ..loop.distillation import DraftTrainer
 from ..loop.evaluate import evaluate
 from ..loop.settings import TrainingConfig
@@ -35,7 +35,9 @@ from ..text.full_text import FULL_WEIGHTS
 from ..text.tokenizer import Tokenizer
 from . import folder as run_folder
 from .card import card
+from .interrupt import exit_code
 from .log import read_log
+from .publish import batches_for
 from .save_point import json_text, load_json, write_folder
 
 DEFAULT_TOKENS = 6_000_000
@@ -44,7 +46,6 @@ OWN, OWN_SHARE, OWN_DOCUMENTS = "own", 0.5, 4096
 SEQUENCE_LENGTH, BATCH_SIZE, WARMUP_STEPS = 256, 8, 30
 SEED = 1  # another order of the documents than the pre-training's
 RUN = "run"
-EXIT_INTERRUPTED = 130
 _ROWS = 128  # of a part of the model's own text
 _PROMPTS, _TEMPERATURES = (16, 32, 64, 128), (0.0, 1.0)
 
@@ -168,7 +169,7 @@ def write_checkpoint(
     seed = record["training"]["seed"]  # the held-out text that ``publish`` measures on
     domains = builtin_domains(text="full", seed=seed) if domains is None else domains
     text = PackedStream(domains, Tokenizer.from_pretrained(checkpoint), described["stream"]["seq_len"], seed=seed)
-    batches = batches or -(-record["least_tokens"] // (8 * text.seq_len)) + 1
+    batches = batches or batches_for(record["least_tokens"], text)
 
     def fill(folder: Path) -> None:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
@@ -178,12 +179,12 @@ def write_checkpoint(
         distilled.save_pretrained(folder, mtp_copies=False)
         model = DeepSeekV3.from_pretrained(folder, dtype=torch.float32)
         record["distillation"] = {
-            "before": measured_drafts(pretrained.float(), text, record["drafts"], batches),
+            "before": drafts_by_domain(pretrained.float(), text, record["drafts"], batches),
             "tokens": history.steps[-1]["tokens"], "steps": history.steps[-1]["step"],
             "seconds": history.end["seconds"], "own_share": OWN_SHARE, "training": described["training"],
             "divergence": {"first": history.steps[0]["losses"], "last": _mean_losses(history.steps[-50:])},
         }  # fmt: skip
-        record["drafts"] = measured_drafts(model, text, record["drafts"], batches)
+        record["drafts"] = drafts_by_domain(model, text, record["drafts"], batches)
         found = evaluate(model, text, batches)
         record["balance"] |= {"max_violation": found.max_violation, "entropy": found.load_entropy}
         (folder / RESULTS).write_text(json_text(record), encoding="utf-8")
@@ -204,17 +205,6 @@ def _refuse_another_model(run: Path, distilled: DeepSeekV3, pretrained: DeepSeek
                 f"{run}: its modules were trained for another main model ({name} differs from the checkpoint's); "
                 "remove the run, and distil anew"
             )
-
-
-def measured_drafts(
-    model: DeepSeekV3, text: PackedStream, domains: Iterable[str], batches: int
-) -> dict[str, dict[str, Any]]:
-    """Entropy and the modules' agreement with the main model on held-out text, by domain."""
-    found = {}
-    for name in domains:
-        entropy, agreement = first_drafts(model, text.validation_batches(name, batches, 8))
-        found[name] = {"entropy": entropy, "agreement": agreement}
-    return found
 
 
 def _mean_losses(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -253,13 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="torch's threads, part of the run (1)")
     options = parser.parse_args(arguments)
     given = {name: value for name in ("tokens", "threads") if (value := getattr(options, name)) is not None}
-    try:
-        config = settings(**given) if given else None
-        done = distil(options.checkpoint, options.out, options.into or options.checkpoint, config)
-    except Dsv3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if done else EXIT_INTERRUPTED
+    return exit_code(
+        lambda: distil(
+            options.checkpoint, options.out, options.into or options.checkpoint, settings(**given) if given else None
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from ..loop.context_extension import METHODS
 from ..loop.trainer import Trainer
 from . import extension
 from . import folder as run_folder
+from .interrupt import EXIT_INTERRUPTED
 
 DEFAULT_STEPS = 20
 DEFAULT_TOKENS_A_STEP = 4096
-EXIT_INTERRUPTED = 130
 # Options of `dsv3 train` that belong to a run from the beginning, not to an extension.
 _NOT_HERE = (
     "preset", "config", "no_mtp", "minutes", "tokens", "data", "text", "without", "seq_len", "fim_rate", "max_passes",

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from ...errors import Dsv3Error
+
+EXIT_INTERRUPTED = 130
+"""What a shell reports for a program that Ctrl-C ended."""
 
 
 class Interrupt:
@@ -37,3 +43,16 @@ def deferred_interrupt() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+
+
+def exit_code(work: Callable[[], bool]) -> int:
+    """A command's end: 0 where its work was done, 130 where that was interrupted, 1 behind an error in words.
+
+    Args:
+        work: says whether it was done.
+    """
+    try:
+        return 0 if work() else EXIT_INTERRUPTED
+    except Dsv3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -31,10 +31,10 @@ from ...pipeline.runtime.layout import Layout
 from ...pipeline.schedules import SCHEDULES
 from ...terminal import plain_console
 from . import folder as run_folder
+from .interrupt import EXIT_INTERRUPTED
 from .parallel import CUTS, Parallel, ParallelTrainer
 from .progress import Lines, conclude, introduce
 
-EXIT_INTERRUPTED = 130
 DEFAULT_SEQUENCE_LENGTH = 128
 
 

@@ -22,7 +22,7 @@ from ...model import DeepSeekV3
 from ...shipped import RESULTS
 from ..baselines.measure import (
     compressed_bits,
-    first_drafts,
+    drafts_by_domain,
     ngram_bits,
     segments,
     target_bytes,
@@ -30,7 +30,7 @@ from ..baselines.measure import (
     unigram_bits,
 )
 from ..baselines.ngram import KneserNey, unigram
-from ..loop.evaluate import Evaluation, evaluate
+from ..loop.evaluate import DEFAULT_BATCH_SIZE, Evaluation, evaluate
 from ..text.data import PackedStream
 from ..text.domains import builtin_domains
 from ..text.duplicates import Redundancy
@@ -44,7 +44,6 @@ from .save_point import json_text, write_folder
 CARD, LOG = "README.md", "training_log.jsonl"
 LEAST_TOKENS = 20_000
 """Validation tokens of a domain below which a figure is called small."""
-_BATCH_SIZE = 8
 _EVERY_STEP_UNTIL, _THEN_EVERY = 100, 10
 _LOGGED = (
     "kind", "step", "tokens", "loss", "losses", "learning_rate", "gradient_norm", "max_violation",
@@ -77,6 +76,11 @@ def stream_of_run(run: str | Path) -> PackedStream:
     return stream
 
 
+def batches_for(tokens: int, stream: PackedStream) -> int:
+    """Batches of a domain's held-out text that have at least so many targets."""
+    return -(-tokens // (DEFAULT_BATCH_SIZE * stream.seq_len)) + 1
+
+
 def measure_run(
     run: Path, weights: Path, dense: Path | None = None, batches: int | None = None
 ) -> dict[str, Any]:
@@ -92,19 +96,18 @@ def measure_run(
     recorded, history = run_folder.read_run(run), _finished(run)
     stream = stream_of_run(run)
     tokenizer, training = stream.tokenizer, recorded["training"]
-    batches = batches or -(-LEAST_TOKENS // (_BATCH_SIZE * stream.seq_len)) + 1
+    batches = batches or batches_for(LEAST_TOKENS, stream)
     steps, batch_size = history.steps[-1]["step"], training["batch_size"]
     model = DeepSeekV3.from_pretrained(weights, dtype=torch.float32)
-    evaluations = {"model": evaluate(model, stream, batches, _BATCH_SIZE)}
+    evaluations = {"model": evaluate(model, stream, batches, DEFAULT_BATCH_SIZE)}
     if dense is not None:
         evaluations["dense"] = _dense_evaluation(dense, recorded, history, stream, batches)
     read = [part for batch in training_batches(stream, steps, batch_size) for part in segments([batch])]
     counts = KneserNey(read, tokenizer.vocab_size, bos_id=tokenizer.bos_id)
     frequencies = unigram(torch.cat([torch.from_numpy(part) for part in read]).numpy(), tokenizer.vocab_size)
     rows: dict[str, dict[str, float | int]] = {}
-    drafts: dict[str, dict[str, Any]] = {}
     for name in evaluations["model"].domains:
-        held_out = stream.validation_batches(name, batches, _BATCH_SIZE)
+        held_out = stream.validation_batches(name, batches, DEFAULT_BATCH_SIZE)
         bits = compressed_bits(held_out, tokenizer) | {
             "five_gram": ngram_bits(counts, held_out),
             "unigram": unigram_bits(frequencies, held_out),
@@ -114,11 +117,10 @@ def measure_run(
             key: value / size for key, value in bits.items()
         }
         rows[name] |= {key: found.domains[name].bits_per_byte for key, found in evaluations.items()}
-        entropy, agreement = first_drafts(model, held_out)
-        drafts[name] = {"entropy": entropy, "agreement": agreement}
     rows["all"] = _over_all(rows)
     return {
-        "bits_per_byte": rows, "least_tokens": LEAST_TOKENS, "drafts": drafts,
+        "bits_per_byte": rows, "least_tokens": LEAST_TOKENS,
+        "drafts": drafts_by_domain(model, stream, evaluations["model"].domains, batches, DEFAULT_BATCH_SIZE),
         "balance": _balance(evaluations["model"], model),
         "parameters": model.parameter_counts(), "model": model.config.to_dict(), "training": training,
         "weights_bytes": (weights / SINGLE).stat().st_size, "text": _text(stream),
@@ -173,7 +175,7 @@ def _dense_evaluation(
             f"{history.steps[-1]['tokens']:,} of the same text; train it with --tokens "
             f"{history.steps[-1]['tokens']} --dense"
         )
-    return evaluate(DeepSeekV3.from_pretrained(dense / run_folder.MODEL_FOLDER), stream, batches, _BATCH_SIZE)
+    return evaluate(DeepSeekV3.from_pretrained(dense / run_folder.MODEL_FOLDER), stream, batches, DEFAULT_BATCH_SIZE)
 
 
 def _over_all(rows: dict[str, dict[str, float | int]]) -> dict[str, float | int]:

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...config import ModelConfig
-from ...errors import ConfigError, Dsv3Error
+from ...errors import ConfigError
 from ...model import DeepSeekV3
 from ..loop.settings import TrainingConfig
 from ..loop.trainer import Record, Trainer
@@ -29,6 +29,7 @@ from ..text.full_text import FULL_WEIGHTS
 from ..text.mixture import cap_passes
 from ..text.tokenizer import Tokenizer, train_tokenizer
 from . import folder as run_folder
+from .interrupt import exit_code
 
 PRESET = "tiny-v3"
 DEFAULT_TOKENS = 6_000_000
@@ -38,7 +39,6 @@ MOST_TOKENS = 12_000_000
 CONSTANT_SHARE = 0.7
 SEQUENCE_LENGTH, BATCH_SIZE, WARMUP_STEPS = 256, 4, 50
 SEED = 0
-EXIT_INTERRUPTED = 130
 _LINE_EVERY = 25  # steps
 
 
@@ -146,13 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in ("minutes", "tokens", "threads", "decay_after")}
     given = {name: value for name, value in given.items() if value is not None}
-    try:
-        return (
-            0 if train(options.out, settings(**given) if given else None, options.dense) else EXIT_INTERRUPTED
-        )
-    except Dsv3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: train(options.out, settings(**given) if given else None, options.dense))
 
 
 def _tell(run: Trainer, record: Record) -> None:
