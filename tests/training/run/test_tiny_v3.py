@@ -22,11 +22,22 @@ def recorded() -> dict:
 
 
 def test_the_first_steps_come_to_the_recorded_losses():
+    """In FP64, where no processor sends a token elsewhere: AVX2 and AVX-512 agree to 2e-15."""
     frozen = recorded()
-    again = run_again(frozen, default_tokenizer())
-    assert len(again) == len(frozen["losses"]) >= 4
-    for then, now in zip(frozen["losses"], again, strict=True):
-        assert now == pytest.approx(then, abs=1e-3)
+    again = run_again(frozen, default_tokenizer(), torch.float64)
+    assert len(again) == len(frozen["exact"]) >= 4
+    for then, now in zip(frozen["exact"], again, strict=True):
+        assert now == pytest.approx(then, abs=1e-9)
+
+
+def test_the_run_itself_came_to_them_in_fp32():
+    """5e-3: with AVX-512 the same steps were seen 2.8e-3 off, for experts that tie are told apart by rounding."""
+    frozen = recorded()
+    for exact, logged, again in zip(
+        frozen["exact"], frozen["losses"], run_again(frozen, default_tokenizer()), strict=True
+    ):
+        assert logged == pytest.approx(exact, abs=5e-3)
+        assert again == pytest.approx(exact, abs=5e-3)
 
 
 def test_the_recorded_steps_are_of_the_settings_that_make_checkpoint_has():
@@ -40,12 +51,14 @@ def test_the_recorded_steps_are_of_the_settings_that_make_checkpoint_has():
     }
 
 
-def test_other_settings_come_to_other_losses():
+@pytest.mark.parametrize("name, factor", [("learning_rate", 1.01), ("weight_decay", 0.0), ("bias_speed", 2)])
+def test_other_settings_come_to_other_losses(name, factor):
     frozen = recorded()
-    frozen["training"]["learning_rate"] *= 8
+    frozen["training"][name] *= factor
     frozen["batches"] = frozen["batches"][:2]
-    again = run_again(frozen, default_tokenizer())
-    assert abs(again[1]["main"] - frozen["losses"][1]["main"]) > 1e-3
+    again = run_again(frozen, default_tokenizer(), torch.float64)
+    assert again[0] == pytest.approx(frozen["exact"][0], abs=1e-9)  # nothing was learned yet
+    assert again[1] != pytest.approx(frozen["exact"][1], abs=1e-6)
 
 
 def test_the_frozen_text_ends_and_refuses_another_batch_size():
