@@ -312,6 +312,7 @@ table(["same likeliest token as the main model", "chain", "independent heads"], 
 # Lesson 07 counts what is left then.
 #
 # How is it in a model that learnt for longer? `tiny-v3`, which comes with the course, has 12 blocks and two modules. <!-- claim: longer -->
+# Its modules went on learning when the model was done, from its predictions (lesson 07 says why), so they follow it closely:
 
 # %% tags=["claim:longer"]
 from dsv3lib.training.text.tokenizer import Tokenizer
