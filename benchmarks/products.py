@@ -1,8 +1,8 @@
 """A step's matrix products alone: what the work around them, however it is arranged, adds to.
 
-Both sides of a training comparison pay for the same products through the same BLAS. They are recorded as the
-step makes them, shapes and strides, and run again with nothing in between: once on operands that stay in the
-caches, once on operands that come from memory, as most do in a step. What the step takes beyond that is ours.
+They are recorded as the step makes them, shapes and strides, and run again by the library that it uses
+(``dsv3lib.gemm``) with nothing in between: once on operands that stay in the caches, once on operands that come from
+memory, as most do in a step. What the step takes beyond that is ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from measure import interleave
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-KINDS = {"aten::mm": torch.mm, "aten::bmm": torch.bmm}
+from dsv3lib import gemm
+
+KINDS = {"aten::mm": lambda a, b, out: gemm.mm(a, b), "aten::bmm": lambda a, b, out: torch.bmm(a, b, out=out)}
 FROM_MEMORY = 64 * 2**20  # values, 256 MiB in FP32: larger than any cache
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -105,7 +107,7 @@ def alone(products: list[Product], budget_s: float) -> dict[str, float]:
         for name, rings in (("cached", same), ("from_memory", [far] * 3)):
             layouts = (p.left, p.right, p.out)
             left, right, out = (ring.place(layout) for ring, layout in zip(rings, layouts, strict=True))
-            calls[name].append(partial(KINDS[p.kind], left, right, out=out))
+            calls[name].append(partial(KINDS[p.kind], left, right, out))
 
     def run(name: str) -> None:
         for call in calls[name]:

@@ -79,9 +79,13 @@ def check_torch() -> Finding:
     try:
         import torch
 
+        from . import gemm
+
+        library = "oneDNN" if gemm.by_onednn() else "torch's BLAS"
         value = (
             f"{torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()} on {platform.machine()}"
+            f"{torch.backends.cpu.get_cpu_capability()} on {platform.machine()}, "
+            f"large FP32 products by {library}"
         )
     except Exception as error:  # a broken installation raises OSError, RuntimeError and others
         return Finding("torch", "missing", _in_words(error), without, essential=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from . import gemm
 from .autograd import once_differentiable
 from .errors import InputError
 
@@ -61,7 +62,7 @@ class PlainRecipe:
     ) -> tuple[Tensor, Kept]:
         """y = x Wᵀ + b, and what backward needs of x."""
         if counts is None:
-            return (F.linear(x, weight, bias) if weight.ndim == 2 else x @ weight.mT), (x,)
+            return (gemm.linear(x, weight, bias) if weight.ndim == 2 else x @ weight.mT), (x,)
         y = x.new_empty(x.shape[0], weight.shape[1])
         sizes = _sizes(x, counts)
         for a, out, w in zip(x.split(sizes), y.split(sizes), weight, strict=True):
@@ -82,7 +83,7 @@ class PlainRecipe:
             counts: rows of each expert, of a stack.
         """
         if counts is None:
-            return grad @ weight
+            return gemm.mm(grad, weight) if grad.ndim == weight.ndim == 2 else grad @ weight
         grad_x = grad.new_empty(grad.shape[0], weight.shape[2])
         sizes = _sizes(grad, counts)
         for g, out, w in zip(grad.split(sizes), grad_x.split(sizes), weight, strict=True):
@@ -93,7 +94,7 @@ class PlainRecipe:
         """∂L/∂W = ∂L/∂yᵀ x ("Wgrad"); arguments as for ``input_gradient``."""
         (x,) = kept
         if counts is None:
-            return grad.mT @ x
+            return gemm.mm(grad.mT, x).contiguous() if grad.ndim == 2 else grad.mT @ x
         grad_w = torch.empty_like(weight)
         sizes = _sizes(grad, counts)
         for g, a, out in zip(grad.split(sizes), x.split(sizes), grad_w, strict=True):
@@ -122,7 +123,7 @@ def linear(
         In the dtype of x.
     """
     if type(recipe) is PlainRecipe:
-        return F.linear(x, weight, bias)
+        return gemm.linear(x, weight, bias)
     x, weight, bias = (_as_autocast(t) for t in (x, weight, bias))
     return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias, None, recipe).unflatten(0, x.shape[:-1])
 

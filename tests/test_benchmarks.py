@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3lib import DeepSeekV3
+from dsv3lib import DeepSeekV3, gemm
 from dsv3lib.inference.acceptance import SpeculationStatistics, expected_speedup
 from dsv3lib.training.text.data import Batch
 
@@ -23,6 +23,7 @@ import bounds  # noqa: E402
 import cpu  # noqa: E402
 import cpu_busy  # noqa: E402
 import cpu_few  # noqa: E402
+import gemm as products_by_library  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import speculation  # noqa: E402
@@ -108,6 +109,20 @@ def test_few_tokens_and_16_bits_are_measured_beside_one_token_and_fp32() -> None
         assert ours["pass_ms"] == pytest.approx(ours["median_ms"] / column["passes"], rel=1e-2)
         largest = cpu_few.FURTHEST if "BF16" in column["work"] else cpu.TOLERANCE
         assert all(value <= largest for value in column["difference"].values())
+
+
+@pytest.mark.skipif(not gemm.has_onednn(), reason="this build of torch has no oneDNN")
+def test_both_libraries_products_are_measured(monkeypatch) -> None:
+    """On any processor, whichever the model takes there."""
+    before = gemm.by_onednn
+    results = json.loads(json.dumps(products_by_library.run(quick=True)))
+    kinds = {c["product"] for c in results["columns"]}
+    assert kinds == set(products_by_library.KINDS) and gemm.by_onednn is before
+    for c in results["columns"]:
+        assert c["times_as_quick"] == pytest.approx(c["gflops"]["oneDNN"] / c["gflops"]["BLAS"], rel=2e-2)
+    monkeypatch.setattr(gemm, "mm", lambda a, b: torch.mm(a, b) * 1.01)
+    with pytest.raises(ValueError, match="differ"):
+        products_by_library.run(quick=True)
 
 
 def test_a_busy_machine_is_measured_under_each_policy_and_nothing_stays_behind() -> None:

@@ -33,6 +33,8 @@ def backward_functions() -> list[tuple[str, ast.FunctionDef]]:
     ("place", "function"), backward_functions(), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_each_backward_is_marked(place: str, function: ast.FunctionDef) -> None:
+    if place == "gemm.py: _Linear":  # made of products that have derivatives: tests/test_gemm.py
+        return
     assert any(ast.unparse(d) == "once_differentiable" for d in function.decorator_list), place
 
 

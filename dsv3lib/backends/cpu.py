@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import gemm
 from ..layers.experts import MLP, Experts, Routing, sort_by_expert
 from ..layers.norm import RMSNorm
 from ..layers.operations import Dispatched
 from ..layers.scaled_attention import causal_mask
 from ..layers.step import Step
 from .chosen import Chosen
-from .cpu_attention import MOST_TOKENS, causal_attention
+from .cpu_attention import MOST_TOKENS, causal_attention, long_attention
 from .cpu_experts import experts_one_by_one
 from .cpu_norm import rms_norm
 from .engine import is_few_tokens
@@ -33,7 +34,7 @@ class Cpu(Chosen):
 
     name = "cpu"
     dtypes = DTYPES
-    attention = ("cpu", "up to 1024 tokens in blocks of rows, probabilities kept; beyond torch's fused kernel")
+    attention = ("cpu", "up to 1024 tokens in blocks of rows; beyond, torch's fused kernel (AMD, AVX-512: rows)")
     replaces = MappingProxyType(
         {
             RMSNorm: "in few passes over memory",
@@ -53,16 +54,19 @@ class Cpu(Chosen):
         return rms_norm(x, norm.weight, norm.eps)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Short causal sequences in blocks of rows, see ``cpu_attention``; else torch's fused kernel.
+        """In blocks of rows (``cpu_attention``): short causal sequences, and where it is quicker long ones; else fused.
 
-        That asks for values as wide as the keys, and without them torch would write the whole T x S score matrix:
-        zeros fill them up, which cost little beside that.
+        torch's fused kernel asks for values as wide as the keys, and without them torch would write the whole T x S
+        score matrix: zeros fill them up, which cost little beside that.
         """
         n_new, n_total, width = q.shape[2], k.shape[2], v.shape[3]
         causal = mask is None and n_new == n_total
         if causal and n_new <= MOST_TOKENS and q.dtype in DTYPES:
             flat = (x.flatten(0, 1) for x in (q, k, v))
             return causal_attention(*flat, scale).unflatten(0, q.shape[:2])
+        if mask is None and n_new > 1 and _long_form_is_quick(q, k, v):
+            flat = (x.flatten(0, 1) for x in (q, k, v))
+            return long_attention(*flat, scale).unflatten(0, q.shape[:2])
         if mask is None and 1 < n_new < n_total:
             mask = causal_mask(n_new, n_total, q.device)
         if width < k.shape[3]:
@@ -104,3 +108,12 @@ class Cpu(Chosen):
         """A link of the MTP chain in NumPy, for few tokens of one row."""
         link = self.link(module, hidden) if is_few_tokens(hidden, step) else None
         return None if link is None else link.advance(hidden, embedding, step)
+
+
+def _long_form_is_quick(*operands: Tensor) -> bool:
+    """Where oneDNN makes the products and no gradient is wanted; with torch's BLAS its fused kernel is as quick."""
+    return (
+        gemm.by_onednn()
+        and all(x.dtype is torch.float32 for x in operands)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in operands))
+    )

@@ -3,6 +3,7 @@
 torch's fused attention is made for long contexts: its backward computes every score again, block by block.
 Up to about a thousand tokens the probabilities of a layer fit in memory, and it is quicker to keep them.
 Each block of rows meets the columns up to its own end, so that a little over half of the square is computed.
+Without a gradient nothing is kept, and long contexts are quick in blocks too, where ``gemm`` is.
 ``backends.cpu`` chooses; the plain formula is ``causal_attention_ref``.
 """
 
@@ -15,11 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import gemm
 from ..autograd import once_differentiable
 from .side_by_side import side_by_side
 
 GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
+ROWS, COLUMNS = 128, 256  # of ``long_attention``: rows of a block, and columns are counted in so many
+SCORES = 2**20  # of a block, at most: 4 MiB
 MOST_TOKENS = 1024  # half of T² probabilities per head are kept; beyond this the fused kernel is as quick
 
 
@@ -97,6 +101,40 @@ class _CausalAttention(torch.autograd.Function):
 
         side_by_side((partial(one, *parts, p) for parts, p in each), 2 * q.numel() * q.shape[1])
         return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v, None
+
+
+def long_attention(
+    q: Float[Tensor, "N T QK"], k: Float[Tensor, "N S QK"], v: Float[Tensor, "N S V"], scale: float
+) -> Float[Tensor, "N T V"]:
+    """The same over long contexts, without a gradient: queries are the last T of S positions.
+
+    A block of rows meets all its columns in one product, so that softmax is one operation, and its scores lie in a
+    core's cache or near it. Columns are counted up to a multiple of ``COLUMNS``: products come in few shapes, for each
+    of which oneDNN makes code once (``gemm``).
+
+    Args:
+        q: queries of N = batch x heads independent sequences.
+        k: keys.
+        v: values.
+        scale: as for ``causal_attention``.
+    """
+    n_new, n_total = q.shape[1], k.shape[1]
+    each = max(16, min(ROWS, SCORES // n_total))
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    first, above = n_total - n_new, above_diagonal(each + COLUMNS, q)
+
+    def one(head: int, start: int) -> None:
+        end = min(start + each, n_new)
+        columns = min(n_total, -(-(first + end) // COLUMNS) * COLUMNS)
+        scores = gemm.mm(q[head, start:end] * scale, k[head, :columns].t())
+        beside = scores[:, first + start :]
+        beside += above[: end - start, : beside.shape[1]]
+        p = torch.softmax(scores, -1, out=scores)
+        out[head, start:end] = gemm.mm(p, v[head, :columns])
+
+    starts = reversed(range(0, n_new, each))  # those that take longest first
+    side_by_side((partial(one, head, start) for start in starts for head in range(len(q))), q.numel() * n_total)
+    return out
 
 
 def batched(items: list[Tensor], n: int) -> list[list[Tensor]]:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import gemm
 from ..autograd import once_differentiable
+from ..gemm import mm
 from ..layers.experts import Visits
 from ..linear import WeightGradients
 from .side_by_side import side_by_side
@@ -62,8 +64,11 @@ class _OneByOne(torch.autograd.Function):
         sorted_rows = token, g, gate_up, *gate_up.chunk(2, -1), y
 
         def one(rows, g_e, both, gate, up, answer, into, back):
-            torch.mm(x.index_select(0, rows), into, out=both)
-            torch.mm(F.silu(gate).mul_(up).mul_(g_e), back, out=answer)
+            n = len(rows)
+            both.copy_(mm(_gathered(x, rows), into)[:n])
+            hidden = _padded(n, gate)
+            torch.mul(F.silu(gate).mul_(up), g_e, out=hidden[:n])
+            answer.copy_(mm(hidden, back)[:n])
 
         each = _each(sizes, sorted_rows, (w_in.transpose(1, 2), w_out.transpose(1, 2)))
         side_by_side((partial(one, *parts) for parts in each), gate_up.numel() * x.shape[1])
@@ -84,21 +89,22 @@ class _OneByOne(torch.autograd.Function):
 
         def one(rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out):
             own: list[Callable[[], Tensor]] = []
-            open_gate = F.silu(gate)
-            hidden = open_gate * up
-            answer = grad.index_select(0, rows)  # the answers' gradient
-            grad_hidden = torch.mm(answer, back)
+            n, open_gate = len(rows), F.silu(gate)
+            padded, answer = _padded(n, gate), _gathered(grad, rows)  # the answers' gradient
+            hidden = torch.mul(open_gate, up, out=padded[:n])
+            grad_hidden = mm(answer, back)[:n]
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
             if wanted[1]:
-                own.append(partial(torch.mm, answer.t(), hidden.mul_(g_e), out=to_out))
+                hidden.mul_(g_e)
+                own.append(partial(_into, to_out, answer.t(), padded))
             grad_hidden.mul_(g_e)
-            grad_both = x.new_empty(rows.numel(), gate_up.shape[1])
-            to_gate, to_up = grad_both.chunk(2, -1)
+            grad_both = _padded(n, gate_up)
+            to_gate, to_up = grad_both[:n].chunk(2, -1)
             torch.mul(grad_hidden, open_gate, out=to_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
             if wanted[0]:
-                own.append(partial(torch.mm, grad_both.t(), x.index_select(0, rows), out=to_in))
-            torch.mm(grad_both, into, out=to_x)
+                own.append(partial(_into, to_in, grad_both.t(), _gathered(x, rows)))
+            to_x.copy_(mm(grad_both, into)[:n])
             if ctx.later is None:
                 _run(own)  # while the expert's rows are in the cache
             products.extend(own)
@@ -113,6 +119,24 @@ class _OneByOne(torch.autograd.Function):
         of_weights = (made if want else None for made, want in zip(of_weights, wanted, strict=True))
         grad_weights = grad_g.view(-1)[inverse]
         return _sum_home(grad_rows, inverse), grad_weights, *of_weights, None, None, None, None
+
+
+def _padded(n: int, like: Tensor) -> Tensor:
+    """Room for an expert's n rows, as wide as ``like``, and zeros behind them: see ``gemm.rows``."""
+    room = like.new_empty(gemm.rows(n), like.shape[1])
+    room[n:].zero_()
+    return room
+
+
+def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+    """An expert's rows of x, likewise."""
+    room = _padded(len(rows), x)
+    torch.index_select(x, 0, rows, out=room[: len(rows)])
+    return room
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    out.copy_(mm(a, b))
 
 
 def _of_weights(w_in: Tensor, w_out: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:

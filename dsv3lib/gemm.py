@@ -1,0 +1,141 @@
+"""GEMM in FP32 on a CPU: larger matrix products by whichever of torch's two libraries is quicker on this processor.
+
+torch gives FP32 products to MKL, which on AMD's processors with AVX-512 runs AVX2 code, at half of what they can.
+oneDNN, which torch has for other work, makes its code for the processor that it finds, and is twice as quick there
+(``benchmarks/gemm.py`` measures both). Elsewhere MKL it stays. The processor alone decides, and no measurement: a run
+must give the same numbers twice.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LEAST = 2**21  # multiplications: oneDNN takes 10 us to begin a product, and 0.3 ms for the first of a shape
+LEAST_ROWS = 16  # likewise
+MULTIPLE = 16  # rows, where their number changes from call to call: so many shapes fewer to make code for
+KINDS = (Tensor, nn.Parameter)
+
+
+@lru_cache(maxsize=1)
+def by_onednn() -> bool:
+    """Whether larger products are oneDNN's on this machine."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in vendor() and has_onednn()
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN, and an operation that takes tensors as they are."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def vendor() -> str:
+    """Whose processor this is, as the processor says it among other words ("AuthenticAMD", "GenuineIntel")."""
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+    except OSError:  # not Linux
+        return platform.processor()
+
+
+def linear(
+    x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*N O"]:
+    """y = x Wᵀ + b; differentiable any number of times, as ``torch.nn.functional.linear``, its plain twin.
+
+    Args:
+        x: any leading dimensions.
+        weight: W.
+        bias: b, or ``None``.
+    """
+    suits = _suit(x, weight.t()) and (bias is None or (bias.dtype is x.dtype and bias.shape == weight.shape[:1]))
+    if not suits or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
+    """a b, without a gradient; ``torch.mm`` is its plain twin.
+
+    Args:
+        a: by rows or by columns in memory.
+        b: likewise.
+
+    Returns:
+        By rows or by columns in memory.
+    """
+    if not _suit(a, b):
+        return torch.mm(a, b)
+    # oneDNN's first operand lies by rows; where neither does, the smaller one is copied so.
+    if not a.is_contiguous() and b.numel() < a.numel() and a.t().is_contiguous():
+        return _onednn(b.t(), a).t()
+    return _onednn(a, b.t())
+
+
+def rows(n: int) -> int:
+    """How many rows a buffer should have whose number of rows n changes from call to call.
+
+    Args:
+        n: rows that are used; the others must be zeros where they are summed over.
+    """
+    return -(-n // MULTIPLE) * MULTIPLE if by_onednn() and n > LEAST_ROWS else n
+
+
+class _Linear(torch.autograd.Function):
+    """∂L/∂x = ∂L/∂y W and ∂L/∂W = ∂L/∂yᵀ x: linear layers too, and so differentiable again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = linear(grad, weight.t()) if wants_x else None
+        grad_weight = None
+        if wants_weight:
+            x_rows = x.reshape(-1, x.shape[-1])
+            again = torch.is_grad_enabled()
+            grad_weight = linear(grad_rows.t(), x_rows.t()) if again else mm(grad_rows.t(), x_rows).contiguous()
+        return grad_x, grad_weight, grad_rows.sum(0) if wants_bias else None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _suit(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN should make a b; what does not fit together is torch's to refuse."""
+    return (
+        a.dtype is torch.float32 is b.dtype
+        and a.numel() * b.shape[1] >= LEAST
+        and a.numel() >= LEAST_ROWS * a.shape[-1]
+        and b.shape[1] >= LEAST_ROWS
+        and a.shape[-1] == b.shape[0]
+        and by_onednn()
+        and a.device.type == "cpu" == b.device.type
+        # A second operand with gaps between its rows gets oneDNN's reference code, a hundred times as slow.
+        and (b.is_contiguous() or b.t().is_contiguous())
+        and type(a) in KINDS
+        and type(b) in KINDS
+        and not _watched()
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody follows torch's operations, who knows products by their usual names, or replaces them."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+    )
