@@ -3,13 +3,14 @@
 The model keeps its 16 bits; the copies are beside it, twice its size, in one block of huge pages. A copy must never
 outlive the weight that it was made from. torch counts the writes to a tensor (``_version``): a training step, an
 assignment in place and ``load_state_dict`` are seen by that, a weight that moved by its address (``survey.Snapshot``).
-Writing past torch's count, through ``parameter.data`` or NumPy, is seen where it changes one of a few values that are
-compared; so a weight that is scaled or filled so is seen, a single value that is poked in is not.
+Writing past torch's count, through ``parameter.data`` or NumPy, is seen where it changes the weight's largest value,
+which is compared; so a weight that is scaled or filled so is seen, a single value that is poked in elsewhere is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from ..memory import ALIGNMENT, block
 
 Array = np.ndarray
+_VERSION = attrgetter("_version")
 COPIED = (torch.bfloat16, torch.float16)
 MOST_COPIED = 2 * 2**30  # bytes of a model's 16-bit weights; larger ones are not copied
-COMPARED = 2  # values of each weight
 
 
 def copies_nbytes(weights: Iterable[Tensor]) -> int:
@@ -52,7 +53,8 @@ class WeightReader:
         self._given: dict[Tensor, Array] = {}
         self._copied: list[Tensor] = []
         self._versions: list[int] = []
-        self._compared: list[tuple[Callable[[int], int], int]] = []
+        self._compared: list[Callable[[int], int]] = []
+        self._places: list[int] = []
         self._values: list[int] = []
 
     def __call__(self, weight: Tensor) -> Array:
@@ -67,10 +69,10 @@ class WeightReader:
         room = self._block[start : start + weight.numel() * torch.float32.itemsize]
         self._copied.append(weight)
         self._versions.append(weight._version)
-        item, count = weight.view(torch.int16).numpy().item, weight.numel()
-        places = [count * k // COMPARED for k in range(COMPARED)] if count else []
-        self._compared += [(item, place) for place in places]
-        self._values += map(item, places)
+        if weight.numel():
+            self._compared.append(weight.view(torch.int16).numpy().item)
+            self._places.append(int(weight.abs().argmax()))
+            self._values.append(self._compared[-1](self._places[-1]))
         return room.view(torch.float32).view(weight.shape).copy_(weight).numpy()
 
     def rows(self, x: Tensor) -> Array:
@@ -79,6 +81,6 @@ class WeightReader:
 
     def fresh(self) -> bool:
         """Whether every copy is still the weight's."""
-        return [w._version for w in self._copied] == self._versions and [
-            item(place) for item, place in self._compared
-        ] == self._values
+        if list(map(_VERSION, self._copied)) != self._versions:
+            return False
+        return [item(i) for item, i in zip(self._compared, self._places, strict=True)] == self._values

@@ -7,7 +7,7 @@ For V3 that is 512 + 64 values, 70,272 bytes a token over 61 layers in BF16, whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CacheError, ContextLengthError
+from .wide_copy import WideCopy
 
 FORMATS = ("model", "fp8")
 
@@ -63,10 +64,15 @@ class LatentCache:
         self.lengths: Int[Tensor, " B"] = torch.zeros(0, dtype=torch.int64)
         self._first_capacity = capacity
         self._buffers: list[Tensor | None] = [None] * self.n_layers
+        self._wide: dict[int, WideCopy] = {}
         self._length = 0  # the longest row
         self._ragged = False
         self._page = 1
         self._table: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in memory or on disk, makes its FP32 copies anew."""
+        return vars(self) | {"_wide": {}}
 
     def __len__(self) -> int:
         """Tokens in the longest row."""
@@ -85,8 +91,13 @@ class LatentCache:
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes of the buffers, reserve included."""
-        return sum(b.numel() * b.element_size() for b in self._buffers if b is not None)
+        """Bytes of the buffers, reserve and FP32 copies included."""
+        return sum(b.nbytes for b in self._buffers if b is not None) + self.copies_nbytes
+
+    @property
+    def copies_nbytes(self) -> int:
+        """Bytes of the FP32 copies of latents in 16 bits, which only ``append_rows`` makes."""
+        return sum(wide.nbytes for wide in self._wide.values())
 
     def plan(
         self,
@@ -198,20 +209,17 @@ class LatentCache:
             dtype: to keep.
 
         Returns:
-            All of the sequence's latents, in the dtype of ``latents``: the buffer itself, or of 16 bits a copy.
+            All of the sequence's latents, in the dtype of ``latents``: the buffer itself, or of 16 bits a ``WideCopy``.
         """
         rows, start, end = torch.from_numpy(latents), self._length, self._length + len(latents)
         buffer = self._buffers[layer]
         if buffer is None or buffer.shape[1] < end or buffer.dtype != dtype:
             buffer = self._grow(layer, rows[None].to(dtype), end)
         if rows.dtype != dtype:
-            buffer[0, start:end] = rows
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # to wake another thread takes longer than to widen a context of thousands
-            try:
-                return buffer[0, :end].to(rows.dtype).numpy()
-            finally:
-                torch.set_num_threads(threads)
+            wide = self._wide.get(layer)
+            if wide is None or not wide.holds(buffer, start):
+                wide = self._wide[layer] = WideCopy(buffer, start, rows.dtype)
+            return wide.append(rows, start, end)
         past = buffer.numpy()[0, :end]
         past[start:] = latents
         return past

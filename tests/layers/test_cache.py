@@ -1,5 +1,7 @@
 """The latent cache: whatever way tokens came in, the answer is that of the whole sequence at once."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from strategies import SEEDS, build, configs, small, tokens
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig
 from dsv3lib.errors import CacheError, ContextLengthError, InputError
+from dsv3lib.layers.wide_copy import WideCopy
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # fp64, logits of the order of one
 
@@ -367,4 +370,38 @@ def test_rows_of_an_array_are_kept_as_a_tensor_s(sizes: list[int], data: st.Data
         for cache in caches:
             cache.advance(n_new)
             cache.crop(kept)
+        done = data.draw(st.sampled_from(["nothing", "another's rows", "a write", "a copy"]))
+        for i, cache in enumerate(caches):
+            if done == "another's rows":  # through the layers, then forgotten again: what lies there is theirs
+                cache.append(1, torch.full((1, 3, config.latent_dim), 7.0, dtype=dtype))
+            elif done == "a write":
+                cache._buffers[1].mul_(2)
+            elif done == "a copy":
+                caches[i] = copy.deepcopy(cache)
     assert torch.equal(caches[0]._buffers[1][:, : len(caches[0])], caches[1]._buffers[1][:, : len(caches[0])])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_in_fp32_are_made_of_16_bits_alone_and_counted(dtype: torch.dtype) -> None:
+    config = small()
+    cache, rows = LatentCache(config, capacity=16), np.zeros((3, config.latent_dim), np.float32)
+    cache.plan(1, 3)
+    for layer in (0, 1):
+        cache.append_rows(layer, rows, dtype)
+    cache.advance(3)
+    buffers = 2 * 16 * config.latent_dim * dtype.itemsize
+    copies = 2 * 16 * config.latent_dim * 4 if dtype == torch.bfloat16 else 0
+    assert cache.copies_nbytes == copies and cache.allocated_nbytes == buffers + copies
+    assert cache.nbytes == 2 * 3 * config.latent_dim * dtype.itemsize
+    assert copy.deepcopy(cache).copies_nbytes == 0
+
+
+def test_an_fp32_copy_that_did_not_look_would_be_seen(monkeypatch) -> None:
+    config = small()
+    cache, rows = LatentCache(config), np.ones((1, config.latent_dim), np.float32)
+    monkeypatch.setattr(WideCopy, "holds", lambda self, buffer, start: True)
+    cache.plan(1, 1)
+    cache.append_rows(0, rows, torch.bfloat16)
+    cache.advance(1)
+    cache._buffers[0].mul_(2)
+    assert not np.array_equal(cache.append_rows(0, rows, torch.bfloat16)[0], 2 * rows[0])
