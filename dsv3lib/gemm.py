@@ -57,7 +57,7 @@ def linear(
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return onednn(x, weight, bias)
 
 
 def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
@@ -74,8 +74,8 @@ def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]
         return torch.mm(a, b)
     # oneDNN's first operand lies by rows; where neither does, the smaller one is copied so.
     if not a.is_contiguous() and b.numel() < a.numel() and a.t().is_contiguous():
-        return _onednn(b.t(), a).t()
-    return _onednn(a, b.t())
+        return onednn(b.t(), a).t()
+    return onednn(a, b.t())
 
 
 def rows(n: int) -> int:
@@ -93,7 +93,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -109,7 +109,13 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_rows.sum(0) if wants_bias else None
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn(
+    x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*N O"]:
+    """x Wᵀ + b by oneDNN, whatever the sizes; FP32, no gradient. The arguments are those of ``linear``.
+
+    The weight lies by rows or by columns; with gaps between them oneDNN runs reference code, a hundred times as slow.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -32,14 +32,14 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def onednn(monkeypatch) -> list[tuple[int, ...]]:
     """oneDNN whatever the processor; the shapes that it was given."""
-    seen, real = [], gemm._onednn
+    seen, real = [], gemm.onednn
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         seen.append((*x.shape, *weight.shape))
         return real(x, weight, bias)
 
     monkeypatch.setattr(gemm, "by_onednn", lambda: True)
-    monkeypatch.setattr(gemm, "_onednn", counted)
+    monkeypatch.setattr(gemm, "onednn", counted)
     return seen
 
 

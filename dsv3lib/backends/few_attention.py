@@ -1,22 +1,17 @@
-"""Absorbed attention of few tokens over the cached latents, in NumPy (paper §2.1.1; ``layers.attention`` defines it).
+"""Absorbed attention of few tokens over the cached latents (paper §2.1.1; ``layers.attention`` defines it).
 
-Tokens times heads are the rows of two matrix products with the latents. A longer context is cut into pieces, whose
-products NumPy does one after the other at one call.
+Tokens times heads are the rows of two matrix products with the latents.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from . import token_weights
-from .token_weights import ONE_THREAD, matmul
+from .token_weights import ONE_THREAD, asleep, matmul
 from .weight_copies import Array
 
-# Latents at a time. So small a product is done where its operands lie (OpenBLAS, AVX-512), a larger one copies
-# them into another order first, which for a few heads takes longer than the product.
-PIECE_VALUES, PIECE_LEAST = 10_240, 64
-PIECE_SMALLEST = 24  # where a piece is cut so that its scores are few enough for that
-TOGETHER = 32  # queries at a time: those before them need not meet what comes after
+TOGETHER = 8  # tokens at a time: their scores stay in a cache, and they need not meet what comes after
 
 
 def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
@@ -41,45 +36,30 @@ def attend_to_latents(q: Array, past: Array, rank: int) -> Array:
 
 
 def _attend(q: Array, past: Array, rank: int) -> Array:
-    at_once = q.size * len(past) <= ONE_THREAD
-    return _attend_by_pieces(q, past, rank, len(past) if at_once else piece_of(q.shape[0] * q.shape[1], q.shape[2]))
+    n_new, heads, width = q.shape
+    form = _by_numpy if q.size * len(past) <= ONE_THREAD else _by_torch
+    return form(q.reshape(-1, width), past, n_new, rank).reshape(n_new, heads, rank)
 
 
-def piece_of(rows: int, width: int) -> int:
-    """How many latents are taken at a time.
-
-    Args:
-        rows: queries times heads. width: of a latent.
-    """
-    piece = max(PIECE_LEAST, PIECE_VALUES // width)
-    in_place = token_weights.SMALL_RESULT // rows
-    return min(piece, in_place) if token_weights.IN_PLACE and in_place >= PIECE_SMALLEST else piece
-
-
-def _attend_by_pieces(q: Array, past: Array, rank: int, piece: int) -> Array:
-    """The same, with pieces that every query sees all of, and a rest."""
-    n_new, heads, latent_dim = q.shape
-    n_total, rows = len(past), n_new * heads
-    whole = (n_total - n_new) // piece
-    pieces, rest = past[: whole * piece].reshape(whole, piece, latent_dim), past[whole * piece :]
-    q = q.reshape(rows, latent_dim)
-    p = matmul(q, rest.T, np.empty((rows, len(rest)), q.dtype))
-    hide_what_comes_later(p.reshape(n_new, heads, -1))
-    top = p.max(1, keepdims=True)
-    if whole:
-        p_whole = matmul(q, pieces.transpose(0, 2, 1), np.empty((whole, rows, piece), q.dtype))
-        top = np.maximum(top, p_whole.max(0).max(1, keepdims=True))
-        p_whole -= top
-        np.exp(p_whole, p_whole)
-    p -= top
+def _by_numpy(q: Array, past: Array, n_new: int, rank: int) -> Array:
+    """Up to some hundred latents: NumPy begins an operation in a fraction of the time that torch needs."""
+    p = np.matmul(q, past.T)
+    hide_what_comes_later(p.reshape(n_new, -1, len(past)))
+    p -= p.max(1, keepdims=True)
     np.exp(p, p)
-    total = p.sum(1, keepdims=True)
-    u = matmul(p, rest[:, :rank], np.empty((rows, rank), q.dtype))
-    if whole:
-        total += p_whole.sum(0).sum(1, keepdims=True)
-        u += matmul(p_whole, pieces[..., :rank], np.empty((whole, rows, rank), q.dtype)).sum(0)
-    u /= total
-    return u.reshape(n_new, heads, rank)
+    u = np.matmul(p, past[:, :rank])
+    u /= p.sum(1, keepdims=True)
+    return u
+
+
+def _by_torch(q: Array, past: Array, n_new: int, rank: int) -> Array:
+    """For more: torch's products and its softmax, which is one operation, are quicker than NumPy's."""
+    latents = torch.from_numpy(past)
+    with asleep(q.size * len(past)):
+        scores = torch.mm(torch.from_numpy(q), latents.t())
+        hide_what_comes_later(scores.numpy().reshape(n_new, -1, len(past)))
+        p = torch.softmax(scores, 1, out=scores)
+        return torch.mm(p, latents[:, :rank]).numpy()
 
 
 def hide_what_comes_later(scores: Array) -> None:

@@ -10,6 +10,8 @@ NumPy has no BF16, and a CPU's products in 16 bits are slow. Weights in 16 bits 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,16 +52,27 @@ def matmul(a: Array, b: Array, out: Array) -> Array:
     """
     if a.shape[-2] * a.shape[-1] * b.shape[-1] <= ONE_THREAD:
         return np.matmul(a, b, out)
+    with asleep(out.size * a.shape[-1]):
+        torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    return out
+
+
+@contextmanager
+def asleep(multiplications: int) -> Iterator[None]:
+    """Let torch's other threads sleep while it does little.
+
+    Args:
+        multiplications: of each operation, at most.
+    """
     threads = torch.get_num_threads()
-    alone = threads > 1 and out.size * a.shape[-1] <= ASLEEP
+    alone = threads > 1 and multiplications <= ASLEEP
     if alone:
         torch.set_num_threads(1)  # of the calling thread; takes a tenth of a microsecond
     try:
-        torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+        yield
     finally:
         if alone:
             torch.set_num_threads(threads)
-    return out
 
 
 def product(weight: Array, x: Array, out: Array | None = None) -> Array:

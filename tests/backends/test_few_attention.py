@@ -1,6 +1,4 @@
-"""Absorbed attention in pieces of any size, in NumPy, against one softmax."""
-
-from unittest import mock
+"""Absorbed attention of few tokens against one softmax."""
 
 import numpy as np
 import pytest
@@ -8,31 +6,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3lib.backends import few_attention, token_weights
+from dsv3lib.backends import few_attention
 from dsv3lib.backends.token_weights import matmul
 from dsv3lib.layers.scaled_attention import causal_mask
 
+FORMS = few_attention._by_numpy, few_attention._by_torch
+
 
 @given(
-    n_new=st.integers(1, 40), heads=st.integers(1, 5), width=st.integers(2, 40), pieces=st.integers(0, 3),
-    left=st.integers(-2, 2), loud=st.booleans(), seed=st.integers(0, 99),
+    n_new=st.integers(1, 40), heads=st.integers(1, 5), width=st.integers(2, 40), past=st.integers(0, 300),
+    loud=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_attends_in_pieces_as_in_one(n_new, heads, width, pieces, left, loud, seed) -> None:
-    piece = few_attention.piece_of(min(n_new, few_attention.TOGETHER) * heads, width)
-    length = max(n_new, pieces * piece + left)
+def test_attends_as_one_softmax_does(n_new, heads, width, past, loud, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(n_new, heads, width, dtype=torch.float64, generator=generator)
-    past = torch.randn(length, width, dtype=torch.float64, generator=generator)
+    latents = torch.randn(past + n_new, width, dtype=torch.float64, generator=generator)
     if loud:
         q *= 1e3  # exp would overflow without the maximum
     rank = max(1, width - 4)
-    scores = (q.transpose(0, 1) @ past.T).masked_fill(~causal_mask(n_new, length, q.device), -torch.inf)
-    expected = (torch.softmax(scores, -1) @ past[:, :rank]).transpose(0, 1)
-    found = {"chosen": few_attention.attend_to_latents(q.numpy(), past.numpy(), rank)}
-    for size in (1, piece, length):
-        found[size] = few_attention._attend_by_pieces(q.numpy(), past.numpy(), rank, size)
-    for u in found.values():
-        torch.testing.assert_close(torch.from_numpy(u), expected, rtol=0, atol=1e-9 if loud else 1e-12)
+    scores = (q.transpose(0, 1) @ latents.T).masked_fill(~causal_mask(n_new, len(latents), q.device), -torch.inf)
+    expected = (torch.softmax(scores, -1) @ latents[:, :rank]).transpose(0, 1)
+    for dtype, tolerance in ((np.float64, 1e-9 if loud else 1e-12), (np.float32, 1e-5)):
+        if loud and dtype is np.float32:
+            continue
+        operands = q.numpy().astype(dtype), latents.numpy().astype(dtype)
+        by_each = [form(operands[0].reshape(-1, width), operands[1], n_new, rank) for form in FORMS]
+        for found in (few_attention.attend_to_latents(*operands, rank), *by_each):
+            assert found.dtype == dtype
+            found = torch.from_numpy(found).double().view_as(expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @given(total=st.integers(1, 12), data=st.data())
@@ -61,12 +63,3 @@ def test_a_product_is_the_same_in_any_threads_and_leaves_their_number_as_it_was(
     finally:
         torch.set_num_threads(before)
     np.testing.assert_allclose(found, np.einsum("ri,io->ro", a, b), rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@given(rows=st.integers(1, 300), width=st.integers(8, 600))
-def test_scores_of_a_piece_are_few_enough_to_be_made_in_place(in_place, rows, width):
-    with mock.patch.object(token_weights, "IN_PLACE", in_place):
-        piece = few_attention.piece_of(rows, width)
-    assert 24 <= piece <= max(64, 10_240 // width)
-    assert not in_place or rows > 1200 // 24 or piece * rows <= 1200

@@ -93,16 +93,15 @@ def test_equals_the_plain_layers(name, dtype, tolerance) -> None:
     check(model, ids, [5, 1, 2, 1, 3, 4, 6, 16, 1, 1], tolerance)
 
 
-def check_drawn(config: ModelConfig, seed: int, pieces: list[int], piece: int, together: int) -> None:
+def check_drawn(config: ModelConfig, seed: int, pieces: list[int], of_numpy: int, together: int) -> None:
     model = build(config, seed, torch.float64)
     ids = torch.randint(config.vocab_size, (1, sum(pieces)), generator=torch.Generator().manual_seed(seed))
-    # Short pieces of the context: new tokens stand before, on and across their borders.
-    with mock.patch.multiple(few_attention, PIECE_VALUES=0, PIECE_LEAST=piece, TOGETHER=together):
+    with mock.patch.multiple(few_attention, ONE_THREAD=of_numpy, TOGETHER=together):
         check(model, ids, pieces, 1e-9)
 
 
 DRAWN = {
-    "config": configs(mtp=0), "seed": SEEDS, "pieces": PIECES, "piece": st.integers(1, 9),
+    "config": configs(mtp=0), "seed": SEEDS, "pieces": PIECES, "of_numpy": st.sampled_from([0, 300, 2**18]),
     "together": st.integers(1, 8),
 }  # fmt: skip
 
