@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-LEAST = 2**21  # multiplications: oneDNN takes 10 us to begin a product, and 0.3 ms for the first of a shape
+LEAST = 2**21  # multiplications: oneDNN takes 10 us to begin a product
 LEAST_ROWS = 16  # likewise
-MULTIPLE = 16  # rows, where their number changes from call to call: so many shapes fewer to make code for
+STEPS = 8  # numbers of rows between n and 2 n that it is given
 KINDS = (Tensor, nn.Parameter)
 
 
@@ -42,6 +42,21 @@ def vendor() -> str:
         return platform.processor()
 
 
+def rows(n: int) -> int:
+    """To how many rows n are filled up, where their number changes from call to call.
+
+    oneDNN makes code for each shape, in 0.3 ms, and keeps it for good, half a megabyte. So it is given few of them, and
+    up to an eighth of the rows is for nothing.
+
+    Args:
+        n: rows that are used; the others must be zeros where they are summed over.
+    """
+    if n <= LEAST_ROWS or not by_onednn():
+        return n
+    step = max(LEAST_ROWS, 2 ** ((n - 1).bit_length() - 1) // STEPS)
+    return -(-n // step) * step
+
+
 def linear(
     x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
 ) -> Float[Tensor, "*N O"]:
@@ -57,11 +72,23 @@ def linear(
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return onednn(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def weight_gradient(grad: Float[Tensor, "N O"], x: Float[Tensor, "N I"]) -> Float[Tensor, "O I"]:
+    """∂L/∂W = ∂L/∂yᵀ x of a linear layer, without a gradient of its own; ``grad.mT @ x`` is its plain twin.
+
+    Args:
+        grad: ∂L/∂y.
+        x: the layer's input.
+    """
+    if not _suit(grad.t(), x):
+        return grad.t() @ x
+    return mm(filled_up(grad).t(), filled_up(x)).contiguous()
 
 
 def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
-    """a b, without a gradient; ``torch.mm`` is its plain twin.
+    """a b, without a gradient, of operands that come in few shapes; ``torch.mm`` is its plain twin.
 
     Args:
         a: by rows or by columns in memory.
@@ -78,35 +105,43 @@ def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]
     return onednn(a, b.t())
 
 
-def rows(n: int) -> int:
-    """How many rows a buffer should have whose number of rows n changes from call to call.
-
-    Args:
-        n: rows that are used; the others must be zeros where they are summed over.
-    """
-    return -(-n // MULTIPLE) * MULTIPLE if by_onednn() and n > LEAST_ROWS else n
-
-
 class _Linear(torch.autograd.Function):
     """∂L/∂x = ∂L/∂y W and ∂L/∂W = ∂L/∂yᵀ x: linear layers too, and so differentiable again."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return onednn(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_rows = grad.reshape(-1, grad.shape[-1])
+        of_y, of_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = linear(grad, weight.t()) if wants_x else None
         grad_weight = None
         if wants_weight:
-            x_rows = x.reshape(-1, x.shape[-1])
-            again = torch.is_grad_enabled()
-            grad_weight = linear(grad_rows.t(), x_rows.t()) if again else mm(grad_rows.t(), x_rows).contiguous()
-        return grad_x, grad_weight, grad_rows.sum(0) if wants_bias else None
+            grad_weight = of_y.t() @ of_x if torch.is_grad_enabled() else weight_gradient(of_y, of_x)
+        return grad_x, grad_weight, of_y.sum(0) if wants_bias else None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n = x.numel() // x.shape[-1]
+    if rows(n) == n:
+        return onednn(x, weight, bias)
+    y = onednn(filled_up(x.reshape(n, -1)), weight, bias)[:n]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+
+
+def filled_up(x: Float[Tensor, "N I"]) -> Float[Tensor, "rows I"]:
+    """x with zeros behind it up to ``rows(N)``; x itself where that is N."""
+    n = len(x)
+    if rows(n) == n:
+        return x
+    filled = x.new_empty(rows(n), x.shape[1])
+    filled[:n] = x
+    filled[n:].zero_()
+    return filled
 
 
 def onednn(

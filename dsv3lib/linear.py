@@ -83,7 +83,7 @@ class PlainRecipe:
             counts: rows of each expert, of a stack.
         """
         if counts is None:
-            return gemm.mm(grad, weight) if grad.ndim == weight.ndim == 2 else grad @ weight
+            return gemm.linear(grad, weight.t()) if weight.ndim == 2 else grad @ weight
         grad_x = grad.new_empty(grad.shape[0], weight.shape[2])
         sizes = _sizes(grad, counts)
         for g, out, w in zip(grad.split(sizes), grad_x.split(sizes), weight, strict=True):
@@ -94,7 +94,7 @@ class PlainRecipe:
         """∂L/∂W = ∂L/∂yᵀ x ("Wgrad"); arguments as for ``input_gradient``."""
         (x,) = kept
         if counts is None:
-            return gemm.mm(grad.mT, x).contiguous() if grad.ndim == 2 else grad.mT @ x
+            return gemm.weight_gradient(grad, x) if grad.ndim == 2 else grad.mT @ x
         grad_w = torch.empty_like(weight)
         sizes = _sizes(grad, counts)
         for g, a, out in zip(grad.split(sizes), x.split(sizes), grad_w, strict=True):

@@ -22,8 +22,7 @@ from .side_by_side import side_by_side
 
 GROUP = 24  # sequences at a time: a block of their scores stays in the cores' caches
 BLOCK = 64  # rows at a time: less wasted above the diagonal with fewer, less started work with more
-ROWS, COLUMNS = 128, 256  # of ``long_attention``: rows of a block, and columns are counted in so many
-SCORES = 2**20  # of a block, at most: 4 MiB
+ROWS, SCORES = 128, 2**20  # of a block of ``long_attention``, at most: 4 MiB of scores
 MOST_TOKENS = 1024  # half of T² probabilities per head are kept; beyond this the fused kernel is as quick
 
 
@@ -109,8 +108,7 @@ def long_attention(
     """The same over long contexts, without a gradient: queries are the last T of S positions.
 
     A block of rows meets all its columns in one product, so that softmax is one operation, and its scores lie in a
-    core's cache or near it. Columns are counted up to a multiple of ``COLUMNS``: products come in few shapes, for each
-    of which oneDNN makes code once (``gemm``).
+    core's cache or near it. Columns are filled up to ``gemm.rows``.
 
     Args:
         q: queries of N = batch x heads independent sequences.
@@ -121,16 +119,19 @@ def long_attention(
     n_new, n_total = q.shape[1], k.shape[1]
     each = max(16, min(ROWS, SCORES // n_total))
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    first, above = n_total - n_new, above_diagonal(each + COLUMNS, q)
+    first = n_total - n_new
+    above = above_diagonal(each, q, each + max(gemm.LEAST_ROWS, n_total // gemm.STEPS))
 
     def one(head: int, start: int) -> None:
         end = min(start + each, n_new)
-        columns = min(n_total, -(-(first + end) // COLUMNS) * COLUMNS)
-        scores = gemm.mm(q[head, start:end] * scale, k[head, :columns].t())
+        columns = min(n_total, gemm.rows(first + end))
+        # Blocks at the end, of other shapes from call to call, are torch's.
+        product = gemm.mm if end - start == each and columns == gemm.rows(columns) else torch.mm
+        scores = product(q[head, start:end] * scale, k[head, :columns].t())
         beside = scores[:, first + start :]
         beside += above[: end - start, : beside.shape[1]]
         p = torch.softmax(scores, -1, out=scores)
-        out[head, start:end] = gemm.mm(p, v[head, :columns])
+        out[head, start:end] = product(p, v[head, :columns])
 
     starts = reversed(range(0, n_new, each))  # those that take longest first
     side_by_side((partial(one, head, start) for start in starts for head in range(len(q))), q.numel() * n_total)
@@ -159,6 +160,6 @@ def blocks(n_tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, n_tokens)) for start in range(0, n_tokens, BLOCK)]
 
 
-def above_diagonal(n: int, like: Tensor) -> Float[Tensor, "n n"]:
-    """−inf above the diagonal, 0 elsewhere: added, it hides the future."""
-    return like.new_full((n, n), float("-inf")).triu_(1)
+def above_diagonal(n: int, like: Tensor, width: int | None = None) -> Float[Tensor, "n width"]:
+    """−inf above the diagonal, 0 elsewhere: added, it hides the future. ``width`` is n by default."""
+    return like.new_full((n, n if width is None else width), float("-inf")).triu_(1)
