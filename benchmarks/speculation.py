@@ -233,7 +233,7 @@ def summary(samples: list[Sample], costs: dict[int, Costs]) -> list[dict[str, An
         if way.isdigit():
             row["predicted"] = round(predicted(conditional(counts)), 4)
         elif way == "auto":  # the best number, without what it costs to find it
-            row["predicted"] = round(max(predicted(deepest[:m]) for m in range(3)), 4)
+            row["predicted"] = round(max(predicted(deepest[:m]) for m in range(MOST + 1)), 4)
         if "predicted" in row:
             row["measured_over_predicted"] = round(speedup / row["predicted"], 4)
             row["agrees"] = abs(speedup / row["predicted"] - 1) <= AGREES

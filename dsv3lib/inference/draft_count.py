@@ -211,7 +211,7 @@ def count_of(
         InputError: a number below 1, or another word.
     """
     if draft_tokens == "auto":
-        count = AdaptiveCount(max(usual, 2))
+        count = AdaptiveCount(usual + 1)
         if model is not None:
             of_model, kind = _LATEST.setdefault(model, {}), (run, count.most)
             if kind in of_model:
