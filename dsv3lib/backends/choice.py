@@ -35,7 +35,6 @@ from .few_blocks import FewBlocks
 from .few_tokens import FewChain, FewLink, FewTokens
 from .survey import Snapshot, Survey
 from .triton import Triton
-from .weight_copies import COPIED
 
 _ADVANCE = MTPModule.advance  # as it was imported: a class may be patched
 
@@ -145,7 +144,7 @@ class Choice:
         return self._take(None, x)
 
     def few_chain(self, model: nn.Module, modules: Sequence[nn.Module]) -> FewChain | None:
-        """Links of the MTP chain, embedding and head as one engine, for the drafts of one row in FP32 or FP64.
+        """Links of the MTP chain, embedding and head as one engine, for the drafts of one row.
 
         Args:
             model: as it is now. modules: that draft, in their order.
@@ -160,7 +159,7 @@ class Choice:
     def _chain(self, model: nn.Module, modules: Sequence[nn.Module]) -> FewChain | None:
         weight = model.model.embed_tokens.weight
         own = MTPModule.advance is not _ADVANCE or any("advance" in vars(module) for module in modules)
-        if type(self.backend(model, weight)) is not Cpu or weight.dtype in COPIED or own:
+        if type(self.backend(model, weight)) is not Cpu or own:
             return None
         engines = [self._take(module, weight) if module in self._engines else None for module in (None, *modules)]
         return None if None in engines else FewChain(engines[0], engines[1:], weight)

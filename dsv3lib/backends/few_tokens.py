@@ -28,7 +28,7 @@ from ..layers.step import Step
 from ..linear import Linear
 from .few_blocks import FewBlocks
 from .token_weights import ChainWeights, ModelWeights, product
-from .weight_copies import Array, WeightReader
+from .weight_copies import COPIED, Array, WeightReader, as_array
 
 
 class FewTokens(FewBlocks):
@@ -122,11 +122,12 @@ class FewChain:
     Args:
         main: the main model's engine, whose head it is.
         links: of the modules that draft.
-        embedding: the main model's, FP32 or FP64.
+        embedding: the main model's.
     """
 
     def __init__(self, main: FewTokens, links: Sequence[FewLink], embedding: Float[Tensor, "vocab D"]) -> None:
-        self._head, self._links, self._embedding = main.weights.head, links, embedding.detach().numpy()
+        self._head, self._links, self._embedding = main.weights.head, links, embedding.detach()
+        self._values = None if embedding.dtype in COPIED else self._embedding.numpy()
 
     def advance(
         self, k: int, hidden: Array, tokens: Array, cache: LatentCache, rotations: Array
@@ -140,8 +141,12 @@ class FewChain:
         Returns:
             h^k [T, D], and the last position's logits [vocab].
         """
-        store = partial(cache.append_rows, dtype=torch.float32 if hidden.itemsize == 4 else torch.float64)
-        rows, _ = self._links[k].rows(hidden, self._embedding[tokens], store, rotations)
+        store = partial(cache.append_rows, dtype=self._embedding.dtype)
+        if self._values is not None:
+            embedded = self._values[tokens]
+        else:  # of 16 bits these rows alone are widened
+            embedded = as_array(self._embedding[torch.from_numpy(tokens)])
+        rows, _ = self._links[k].rows(hidden, embedded, store, rotations)
         return rows, product(self._head, rows[-1:])[0]
 
 

@@ -37,6 +37,11 @@ def _room(weight: Tensor) -> int:
     return -(-weight.numel() * torch.float32.itemsize // ALIGNMENT) * ALIGNMENT
 
 
+def as_array(x: Tensor) -> Array:
+    """As an array: the same memory, or of 16 bits a copy in FP32."""
+    return (x.float() if x.dtype in COPIED else x).numpy()
+
+
 class WeightReader:
     """Gives weights as arrays, and knows whether those that it copied are still the weights.
 
@@ -77,7 +82,7 @@ class WeightReader:
 
     def rows(self, x: Tensor) -> Array:
         """Tokens [1, T, D] as an array [T, D], in the dtype of the arrays that it gives."""
-        return (x[0].float() if x.dtype in COPIED else x[0]).numpy()
+        return as_array(x[0])
 
     def fresh(self) -> bool:
         """Whether every copy is still the weight's."""

@@ -1,5 +1,6 @@
 """MTP modules over few tokens of one row: the engine in NumPy against the module itself."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -132,8 +133,7 @@ def test_the_head_of_drafts_is_the_models_own(dtype) -> None:
         assert found.dtype == expected.dtype == dtype and found.shape == expected.shape
         bound = 1e-5 if dtype == torch.float32 else 2**-7 * float(expected.abs().max())
         assert float((found - expected).abs().max()) <= bound
-    # In 16 bits link after link and the head, otherwise all in one engine.
-    kind, name = (few_tokens.FewTokens, "head") if dtype == torch.bfloat16 else (few_tokens.FewChain, "advance")
+    kind, name = few_tokens.FewChain, "advance"
     for touched in (False, True):
         if touched:
             model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -169,6 +169,39 @@ def test_a_rows_drafts_in_one_engine_are_those_of_link_after_link(drafts: int, t
         assert torch.equal(guesses, theirs) and torch.equal(sizes, their_sizes)
         assert (q is None) == (their_q is None) == (temperature == 0.0)
         assert q is None or float((q - their_q).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_chain_in_16_bits_is_nearer_to_fp64_than_its_modules(dtype: torch.dtype) -> None:
+    """It reads 16 bits and keeps latents in them; between modules nothing is rounded."""
+    model = build(SIZE, 0, dtype)
+    exact = copy.deepcopy(model).double()
+    ids, errors = tokens(SIZE, 1, 5), {"chain": 0.0, "modules": 0.0}
+    with torch.inference_mode():
+        hidden = torch.randn(1, 5, SIZE.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+        def module_after_module(of: DeepSeekV3) -> list[Tensor]:
+            cache, rows = LatentCache(SIZE, mtp=True), hidden.to(of.lm_head.weight.dtype)
+            step, found = of.begin(ids, cache), []
+            for module in of.model.layers[SIZE.num_hidden_layers :]:
+                rows, _ = module.advance(rows, of.model.embed_tokens(ids), step)
+                found += [rows[0], of.lm_head(rows)[0, -1]]
+            return found
+
+        modules = list(model.model.layers[SIZE.num_hidden_layers :])
+        one, cache = model.choice.few_chain(model, modules), LatentCache(SIZE, mtp=True)
+        rows = hidden[0].float().numpy()
+        cache.plan(1, 5)
+        found = []
+        for k in range(len(modules)):
+            rows, logits = one.advance(k, rows, ids[0].numpy(), cache, model.rope.table(5, hidden).numpy())
+            found += [torch.from_numpy(rows), torch.from_numpy(logits)]
+        assert cache._buffers[-1].dtype == dtype and all(x.dtype == torch.float32 for x in found)
+        for a, b, c in zip(found, module_after_module(model), module_after_module(exact), strict=True):
+            scale = float(c.square().mean().sqrt())
+            errors["chain"] += float((a - c).square().mean().sqrt()) / scale
+            errors["modules"] += float((b - c).square().mean().sqrt()) / scale
+    assert errors["chain"] <= errors["modules"] and errors["chain"] / len(found) <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("touched", ["model.embed_tokens", "lm_head", "model.layers.2.mlp", "model.layers.3"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv3lib import DeepSeekV3, LatentCache
 from dsv3lib.backends import engine, weight_copies
 from dsv3lib.backends.choice import Choice
-from dsv3lib.backends.few_tokens import FewLink, FewTokens
+from dsv3lib.backends.few_tokens import FewChain, FewTokens
 from dsv3lib.backends.weight_copies import WeightReader
 from dsv3lib.training.loop.optimizer import AdamW
 
@@ -246,7 +246,7 @@ def test_old_copies_are_freed_before_new_ones_are_made() -> None:
 def test_mtp_modules_draft_in_16_bits_too() -> None:
     model = build(SIZE, 0, torch.bfloat16)
     ids = tokens(SIZE, 1, 5)
-    with mock.patch.object(FewLink, "advance", autospec=True, side_effect=FewLink.advance) as taken:
+    with mock.patch.object(FewChain, "advance", autospec=True, side_effect=FewChain.advance) as taken:
         text = model.generate(ids, 8, stop_tokens=(), speculative=True)
     assert taken.call_count and text.shape == (1, 13)
     step = model.begin(ids, LatentCache(SIZE, mtp=True))

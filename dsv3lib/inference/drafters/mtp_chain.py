@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from ...backends.engine import MOST_TOKENS
+from ...backends.weight_copies import as_array
 from ...errors import InputError
 from ...layers.cache import LatentCache
 from ...layers.step import Step
@@ -126,7 +127,7 @@ class ChainDrafting:
         self.cache.plan(1, max(width, width + m - len(self.modules)))
         like = self.hidden.detach()
         rotations = self.model.rope.table(held + width + max(m - len(self.modules), 0), like).numpy()
-        tokens, rows = text[0, first : first + width].numpy(), like[0, :width].numpy()
+        tokens, rows = text[0, first : first + width].numpy(), as_array(like[0, :width])
         for k in range(len(self.modules)):  # all of them, even for fewer drafts: their latents are wanted later
             rows, logits = chain.advance(k, rows, tokens, self.cache, rotations[held : held + width])
             self._pick(torch.from_numpy(logits)[None], sizes, drafts, q)
