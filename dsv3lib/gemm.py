@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 LEAST = 2**21  # multiplications: oneDNN takes 10 us to begin a product
 LEAST_ROWS = 16  # likewise
@@ -173,10 +174,11 @@ def _suit(a: Tensor, b: Tensor) -> bool:
 
 
 def _watched() -> bool:
-    """Whether somebody follows torch's operations, who knows products by their usual names, or replaces them."""
+    """Whether somebody follows torch's operations, who knows products by their usual names, or derives forward."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
     )

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3lib import DeepSeekV3, LatentCache, ModelConfig, doctor, gemm
@@ -137,6 +138,15 @@ def test_what_onednn_is_asked_for(onednn) -> None:
     for wrong in (drawn(1, 128, 96), drawn(1, 96, 128)[:, :127]):  # torch's error, nothing is read past an end
         with pytest.raises(RuntimeError):
             gemm.linear.__wrapped__(x, wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, as it derives forward
+def test_a_forward_derivative_is_not_lost() -> None:
+    """oneDNN's operation would drop it without a word."""
+    x, w = drawn(0, 256, 128), drawn(1, 128, 128)
+    with forward_ad.dual_level():
+        y = gemm.linear(forward_ad.make_dual(x, torch.ones_like(x)), w)
+        near(forward_ad.unpack_dual(y).tangent, w.double().sum(1).expand(256, -1))
 
 
 @pytest.mark.parametrize(
