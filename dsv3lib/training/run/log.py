@@ -102,7 +102,7 @@ def read_log(path: str | Path) -> RunHistory:
         TrainingError: there is no log, a line in its middle is broken, or it does not begin with a header.
     """
     path = log_path(path)
-    records = list(_parse(path, _read_bytes(path)))
+    records = list(_parse(path, _read(path)[0]))
     if not records or records[0].get("kind") != "header":
         raise TrainingError(f"{path}: expected a header in the first line; this is no log of a training run")
     plans = [r for r in records if r.get("kind") == "plan"]
@@ -133,7 +133,7 @@ def follow(
     path = log_path(path)
     position, identity, quiet_since = 0, None, time.monotonic()
     while True:
-        content, found = _read_bytes(path, position), os.stat(path)
+        content, found = _read(path, position)
         if identity not in (None, found.st_ino) or found.st_size < position:
             position, identity = 0, None
             continue
@@ -160,7 +160,7 @@ def cut_log(path: str | Path, step: int) -> None:
     """
     path = log_path(path)
     kept, steps = [], 0
-    for record in _parse(path, _read_bytes(path)):
+    for record in _parse(path, _read(path)[0]):
         if record.get("kind") == "end" or record.get("step", 0) > step:
             continue
         kept.append(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
@@ -179,11 +179,12 @@ def log_path(path: str | Path) -> Path:
     return path / FILE_NAME if path.is_dir() else path
 
 
-def _read_bytes(path: Path, position: int = 0) -> bytes:
+def _read(path: Path, position: int = 0) -> tuple[bytes, os.stat_result]:
+    """What stands behind a position, and of which file: at that path there may be another, or none, a moment later."""
     try:
         with open(path, "rb") as file:
             file.seek(position)
-            return file.read()
+            return file.read(), os.fstat(file.fileno())
     except OSError as error:
         raise TrainingError(f"{path}: there is no log to read ({error.strerror})") from error
 

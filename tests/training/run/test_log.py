@@ -1,6 +1,7 @@
 """The run's log: whole lines whatever happens, and readers that are never led astray by half of one."""
 
 import json
+import os
 import resource
 import threading
 from contextlib import contextmanager
@@ -122,6 +123,20 @@ def test_following_a_run_that_is_resumed_begins_again_from_the_header(tmp_path):
     cut_log(path, 1)
     written(path, step(2, 7.0), {"kind": "end", "step": 2})
     assert list(records) == [HEADER, step(1), step(2, 7.0), {"kind": "end", "step": 2}]
+
+
+@pytest.mark.parametrize("moment", ["between two looks", "as it is read"])
+def test_following_a_log_that_is_removed_says_so(tmp_path, monkeypatch, moment):
+    path = written(tmp_path / FILE_NAME, HEADER)
+    records = follow(path, poll_seconds=0.01, timeout_seconds=5)
+    assert next(records) == HEADER
+    if moment == "between two looks":
+        path.unlink()
+    else:
+        status = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda of: path.unlink(missing_ok=True) or status(of))
+    with pytest.raises(TrainingError, match="there is no log to read"):
+        next(records)
 
 
 def test_following_gives_up_after_the_time_allowed(tmp_path):
