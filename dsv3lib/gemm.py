@@ -43,14 +43,14 @@ def vendor() -> str:
         return platform.processor()
 
 
-def rows(n: int) -> int:
-    """To how many rows n are filled up, where their number changes from call to call.
+def padded_size(n: int) -> int:
+    """To how many rows n are padded, where their number changes from call to call.
 
     oneDNN makes code for each shape, in 0.3 ms, and keeps it for good, half a megabyte. So it is given few of them, and
     up to an eighth of the rows is for nothing.
 
     Args:
-        n: rows that are used; the others must be zeros where they are summed over.
+        n: rows that are used; the padding must be zeros where it is summed over.
     """
     if n <= LEAST_ROWS or not by_onednn():
         return n
@@ -85,7 +85,7 @@ def weight_gradient(grad: Float[Tensor, "N O"], x: Float[Tensor, "N I"]) -> Floa
     """
     if not _suit(grad.t(), x):
         return grad.t() @ x
-    return mm(filled_up(grad).t(), filled_up(x)).contiguous()
+    return mm(padded(grad).t(), padded(x)).contiguous()
 
 
 def mm(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
@@ -128,21 +128,32 @@ class _Linear(torch.autograd.Function):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n = x.numel() // x.shape[-1]
-    if rows(n) == n:
+    if padded_size(n) == n:
         return onednn(x, weight, bias)
-    y = onednn(filled_up(x.reshape(n, -1)), weight, bias)[:n]
+    y = onednn(padded(x.reshape(n, -1)), weight, bias)[:n]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
-def filled_up(x: Float[Tensor, "N I"]) -> Float[Tensor, "rows I"]:
-    """x with zeros behind it up to ``rows(N)``; x itself where that is N."""
+def padded(x: Float[Tensor, "N I"]) -> Float[Tensor, "padded I"]:
+    """x with zeros behind it up to ``padded_size(N)``; x itself where that is N."""
     n = len(x)
-    if rows(n) == n:
+    if padded_size(n) == n:
         return x
-    filled = x.new_empty(rows(n), x.shape[1])
-    filled[:n] = x
-    filled[n:].zero_()
-    return filled
+    room = padded_room(n, x)
+    room[:n] = x
+    return room
+
+
+def padded_room(n: int, like: Float[Tensor, "N I"]) -> Float[Tensor, "padded I"]:
+    """Room for n rows, not filled, and zeros behind them up to ``padded_size(n)``.
+
+    Args:
+        n: rows.
+        like: of the width, dtype and device.
+    """
+    room = like.new_empty(padded_size(n), like.shape[1])
+    room[n:].zero_()
+    return room
 
 
 def onednn(

@@ -108,7 +108,7 @@ def long_attention(
     """The same over long contexts, without a gradient: queries are the last T of S positions.
 
     A block of rows meets all its columns in one product, so that softmax is one operation, and its scores lie in a
-    core's cache or near it. Columns are filled up to ``gemm.rows``.
+    core's cache or near it. Columns are padded to ``gemm.padded_size``.
 
     Args:
         q: queries of N = batch x heads independent sequences.
@@ -124,9 +124,9 @@ def long_attention(
 
     def one(head: int, start: int) -> None:
         end = min(start + each, n_new)
-        columns = min(n_total, gemm.rows(first + end))
+        columns = min(n_total, gemm.padded_size(first + end))
         # Blocks at the end, of other shapes from call to call, are torch's.
-        product = gemm.mm if end - start == each and columns == gemm.rows(columns) else torch.mm
+        product = gemm.mm if end - start == each and columns == gemm.padded_size(columns) else torch.mm
         scores = product(q[head, start:end] * scale, k[head, :columns].t())
         beside = scores[:, first + start :]
         beside += above[: end - start, : beside.shape[1]]

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import gemm
 from ..autograd import once_differentiable
-from ..gemm import mm
+from ..gemm import mm, padded_room
 from ..layers.experts import Visits
 from ..linear import WeightGradients
 from .side_by_side import side_by_side
@@ -66,7 +65,7 @@ class _OneByOne(torch.autograd.Function):
         def one(rows, g_e, both, gate, up, answer, into, back):
             n = len(rows)
             both.copy_(mm(_gathered(x, rows), into)[:n])
-            hidden = _padded(n, gate)
+            hidden = padded_room(n, gate)
             torch.mul(F.silu(gate).mul_(up), g_e, out=hidden[:n])
             answer.copy_(mm(hidden, back)[:n])
 
@@ -90,7 +89,7 @@ class _OneByOne(torch.autograd.Function):
         def one(rows, g_e, gate, up, to_g, to_x, into, back, to_in, to_out):
             own: list[Callable[[], Tensor]] = []
             n, open_gate = len(rows), F.silu(gate)
-            padded, answer = _padded(n, gate), _gathered(grad, rows)  # the answers' gradient
+            padded, answer = padded_room(n, gate), _gathered(grad, rows)  # the answers' gradient
             hidden = torch.mul(open_gate, up, out=padded[:n])
             grad_hidden = mm(answer, back)[:n]
             torch.sum(grad_hidden * hidden, -1, keepdim=True, out=to_g)
@@ -98,7 +97,7 @@ class _OneByOne(torch.autograd.Function):
                 hidden.mul_(g_e)
                 own.append(partial(_into, to_out, answer.t(), padded))
             grad_hidden.mul_(g_e)
-            grad_both = _padded(n, gate_up)
+            grad_both = padded_room(n, gate_up)
             to_gate, to_up = grad_both[:n].chunk(2, -1)
             torch.mul(grad_hidden, open_gate, out=to_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=to_gate)
@@ -121,16 +120,9 @@ class _OneByOne(torch.autograd.Function):
         return _sum_home(grad_rows, inverse), grad_weights, *of_weights, None, None, None, None
 
 
-def _padded(n: int, like: Tensor) -> Tensor:
-    """Room for an expert's n rows, as wide as ``like``, and zeros behind them: see ``gemm.rows``."""
-    room = like.new_empty(gemm.rows(n), like.shape[1])
-    room[n:].zero_()
-    return room
-
-
 def _gathered(x: Tensor, rows: Tensor) -> Tensor:
-    """An expert's rows of x, likewise."""
-    room = _padded(len(rows), x)
+    """An expert's rows of x, padded."""
+    room = padded_room(len(rows), x)
     torch.index_select(x, 0, rows, out=room[: len(rows)])
     return room
 

@@ -10,7 +10,6 @@ which is compared; so a weight that is scaled or filled so is seen, a single val
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from ..memory import ALIGNMENT, block
 
 Array = np.ndarray
-_VERSION = attrgetter("_version")
 COPIED = (torch.bfloat16, torch.float16)
 MOST_COPIED = 2 * 2**30  # bytes of a model's 16-bit weights; larger ones are not copied
 
@@ -86,6 +84,6 @@ class WeightReader:
 
     def fresh(self) -> bool:
         """Whether every copy is still the weight's."""
-        if list(map(_VERSION, self._copied)) != self._versions:
+        if [w._version for w in self._copied] != self._versions:
             return False
         return [item(i) for item, i in zip(self._compared, self._places, strict=True)] == self._values

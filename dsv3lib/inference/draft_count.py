@@ -211,7 +211,7 @@ def count_of(
         InputError: a number below 1, or another word.
     """
     if draft_tokens == "auto":
-        count = AdaptiveCount(usual + 1)
+        count = AdaptiveCount(usual + 1)  # a chain of two modules was seen to gain most by three drafts
         if model is not None:
             of_model, kind = _LATEST.setdefault(model, {}), (run, count.most)
             if kind in of_model:
